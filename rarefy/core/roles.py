@@ -1,0 +1,209 @@
+"""The base class of every role, its contract in one sentence.
+
+A part is abstract or final: compose, do not override. Hyper-parameters make a part a frozen dataclass. The
+keyword-only names of a role's method are what it asks for; `asks` reads them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Generator, Tensor, nn
+
+from rarefy.core.records import Delta, Entries, Paper, Progress, Pruned, Units
+
+
+class Role(ABC):
+    """A part with a name. `examples` are the instances that the contract suite runs."""
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[Paper | None] = None
+
+    @classmethod
+    def examples(cls) -> tuple[Any, ...]:
+        return (cls(),)
+
+
+def asks(method: Callable[..., Any]) -> tuple[str, ...]:
+    """The keyword-only names of a method, `generator` aside: the statistics that it asks for.
+
+    >>> asks(lambda weight, *, generator=None, input_norm: weight)
+    ('input_norm',)
+    """
+    parameters = inspect.signature(method).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("generator", "bound", "pattern"))
+
+
+class Statistic(Role):
+    """A figure per site, streamed: `start`, one `update` per batch, `finish`. `name` is what parts ask for."""
+
+    source: ClassVar[str] = "input"  # "input": rows [R, I] that the site saw; "gradient": dL/dweight [O, ..., I] of one batch
+
+    @abstractmethod
+    def start(self, weight: Tensor) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def update(self, state: dict[str, Tensor], seen: Tensor) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def finish(self, state: dict[str, Tensor]) -> Tensor: ...
+
+
+class Criterion(Role):
+    """Rate every weight of a site [O, ..., I]; larger means keep; a statistic is asked for by naming it keyword-only."""
+
+    @abstractmethod
+    def scores(self, weight: Tensor, *, generator: Generator | None = None, **stats: Tensor) -> Tensor: ...
+
+
+class Allocation(Role):
+    """Split one global budget over units, floors and caps respected, the total exact.
+
+    May ask keyword-only for `scores` or `weights` ({units name: Tensor}) of the whole model, or for `generator`.
+    """
+
+    @abstractmethod
+    def counts(self, units: Sequence[Units], budget: int, **asked: Any) -> dict[str, int]: ...
+
+
+class Pattern(Role):
+    """Scores [O, ..., I] and a count to a mask that obeys a structure with the nearest reachable count."""
+
+    @abstractmethod
+    def mask(self, scores: Tensor, count: int, bound: Tensor | None = None) -> Tensor: ...
+
+    @abstractmethod
+    def nearest(self, shape: Sequence[int], count: int) -> int:
+        """The reachable count nearest to `count` (ties downwards); raises BadInput where the shape cannot carry the pattern."""
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern | None:
+        """The pattern that a user's text names, or None where it names another."""
+        return cls() if text == cls.name else None
+
+
+class Solver(Role):
+    """Prune a scope given its statistics: new weight, mask, bias; exactly zero where the mask is False.
+
+    `needs` names the statistics; `solve` takes {site name: weight [O, ..., I]}, {site name: count} and
+    stats {statistic: {site name: Tensor}}.
+    """
+
+    scope: ClassVar[str] = "matrix"  # matrix | block | model
+
+    @property
+    @abstractmethod
+    def needs(self) -> tuple[str, ...]: ...
+
+    @abstractmethod
+    def solve(
+        self,
+        weights: Mapping[str, Tensor],
+        budget: Mapping[str, int],
+        *,
+        stats: Mapping[str, Mapping[str, Tensor]],
+        pattern: Pattern,
+        bound: Mapping[str, Tensor] | None = None,
+        generator: Generator | None = None,
+    ) -> dict[str, Pruned]: ...
+
+
+class Schedule(Role):
+    """A pure function of progress: density, fraction, pattern, temperature, strength."""
+
+    @abstractmethod
+    def __call__(self, progress: Progress) -> Any: ...
+
+
+class Trigger(Role):
+    """Turns observations into the end of a phase; its state is explicit and checkpoints."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    @abstractmethod
+    def observe(self, state: dict[str, Any], sparsifier: Any, event: Any) -> tuple[dict[str, Any], bool]: ...
+
+
+class Rewiring(Role):
+    """Stored entries and statistics to a Delta; may ask keyword-only for `gradient` and `weight` (dense, accumulated)."""
+
+    @abstractmethod
+    def rewire(self, entries: Entries, *, count: int, fraction: float, bound: Tensor | None, generator: Generator, **stats: Tensor) -> Delta: ...
+
+
+class Penalty(Role):
+    """One of five kinds, each a subclass in rarefy.weights.penalties: loss, gradient, proximal, dual, activation."""
+
+
+class View(nn.Module):
+    """The weight that the forward sees. Learned tensors live here, additive keys only; the raw weight is always an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.knobs: dict[str, Any] = {}
+
+    def export(self, weight: Tensor) -> Pruned:
+        value = self(weight).detach()
+        return Pruned(value, value != 0)
+
+    def extra_loss(self, weight: Tensor) -> Tensor | float:
+        return 0.0
+
+    def refresh(self, weight: Tensor, progress: Progress) -> None:
+        """A closed-form update between steps; most views have none."""
+
+
+class Affinity(nn.Module):
+    """(x [R, d], context, bank) -> Scores. Learned; may read the bank."""
+
+
+class Choice(Role):
+    """(Scores, Context) -> Routing | Slots | Mix. Frozen; owns selection and weighing; `causal` is declared and tested."""
+
+    causal: ClassVar[bool] = True
+
+
+class Overflow(Role):
+    """(Routing, Context) -> Routing within capacity; reports what it dropped."""
+
+
+class Balance(Role):
+    """Entry -> scalar, run outside the layer; padding is masked."""
+
+
+class Bank(nn.Module):
+    """Rows -> [N, d_out]; an empty batch and an empty expert are fine."""
+
+    experts: int
+
+
+class Gate(nn.Module):
+    """The same activations with exact zeros."""
+
+
+class Layout(Role):
+    """How a choice is stored: pack, unpack, matmul, bytes."""
+
+
+class Policy(Role):
+    """What leaves a full cache, what to fetch: sees records, never changes results."""
+
+
+class Task(Role):
+    """A small training problem: model, a batch as a pure function of (seed, step), loss, evaluation."""
+
+    @abstractmethod
+    def model(self, seed: int, **options: Any) -> nn.Module: ...
+
+    @abstractmethod
+    def batch(self, seed: int, step: int) -> Any: ...
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> Tensor: ...
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module) -> dict[str, float]: ...

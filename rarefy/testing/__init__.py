@@ -1,0 +1,1 @@
+"""testing: one idea per file."""

@@ -1,0 +1,1 @@
+"""weights: one idea per file."""

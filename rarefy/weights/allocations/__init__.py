@@ -1,0 +1,1 @@
+"""allocations: one idea per file."""

@@ -1,0 +1,27 @@
+"""Uniform: every unit keeps the same fraction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rarefy.core.exact import split_budget
+from rarefy.core.records import Units
+from rarefy.core.roles import Allocation
+
+
+@dataclass(frozen=True)
+class Uniform(Allocation):
+    """The same density everywhere, the total exact.
+
+    ``c_i proportional to n_i`` within floors and caps, rounded by largest remainder.
+
+    >>> Uniform().counts([Units("a", (2, 2), ()), Units("b", (2, 4), ())], 6)
+    {'a': 2, 'b': 4}
+    """
+
+    name = "uniform"
+
+    def counts(self, units: Sequence[Units], budget: int) -> dict[str, int]:
+        split = split_budget([u.numel for u in units], budget, floors=[u.floor for u in units], caps=[u.limit for u in units])
+        return dict(zip((u.name for u in units), split, strict=True))

@@ -1,0 +1,1 @@
+"""criteria: one idea per file."""

@@ -1,0 +1,1 @@
+"""patterns: one idea per file."""

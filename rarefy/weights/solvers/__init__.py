@@ -1,0 +1,1 @@
+"""solvers: one idea per file."""
