@@ -1,0 +1,1 @@
+"""What it cost: figures about one model or several, measured or modelled."""
