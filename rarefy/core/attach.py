@@ -1,0 +1,124 @@
+"""Views on weights: a class swap with `op` for exact Linear, Conv and Embedding, a forward-scoped shadow otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rarefy.core.errors import BadInput, Refused
+from rarefy.core.roles import View
+
+Map = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+_PREFIX = "rarefy_"
+
+
+def _linear(host: Any) -> Map:
+    return F.linear
+
+
+def _embedding(host: Any) -> Map:
+    return lambda x, w, b: F.embedding(x, w, host.padding_idx, host.max_norm, host.norm_type, host.scale_grad_by_freq, host.sparse)
+
+
+def _conv(host: Any) -> Map:
+    return lambda x, w, b: host._conv_forward(x, w, b)
+
+
+_MAPS: dict[type[nn.Module], Callable[[Any], Map]] = {nn.Linear: _linear, nn.Embedding: _embedding, nn.Conv1d: _conv, nn.Conv2d: _conv, nn.Conv3d: _conv}
+
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    base, held = type(self)._rarefy_base, self.__dict__["_rarefy_held"]
+    if base in _MAPS and list(held) == ["weight"]:
+        (view,) = held["weight"]
+        weight, bias, apply = self._parameters["weight"], self._parameters.get("bias"), _MAPS[base](self)
+        op = getattr(view, "op", None)
+        return op(apply, args[0], weight, bias) if op is not None else apply(args[0], view(weight), bias)
+    for param, (view,) in held.items():
+        object.__setattr__(self, param, view(self._parameters[param]))
+    try:
+        return base.forward(self, *args, **kwargs)
+    finally:
+        for param in held:
+            object.__delattr__(self, param)
+
+
+def _host(module: Any, param: str, view: View) -> None:
+    cls = type(module)
+    if not hasattr(cls, "_rarefy_base"):
+        module.__dict__["_rarefy_held"] = {}
+        module.__class__ = type(cls.__name__, (cls,), {"_rarefy_base": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "forward": _forward})
+    # A tuple in __dict__: not registered a second time on an alias's host, and deepcopy follows it.
+    module.__dict__["_rarefy_held"][param] = (view,)
+
+
+def attach_view(model: nn.Module, key: str, view: View) -> None:
+    """Let every forward see `view(w)` where it used the parameter `key`.
+
+    The view belongs to the tensor: every module that holds an alias (tied weights) becomes a host. The view is
+    registered once, as child `rarefy_<param>` of the module that `key` names, so state-dict keys are only added.
+
+    Raises:
+        BadInput: no such parameter.
+        Refused: it has a view already.
+    """
+    path, _, param = key.rpartition(".")
+    owner = dict(model.named_modules()).get(path)
+    tensor = None if owner is None else owner._parameters.get(param)
+    if owner is None or tensor is None:
+        raise BadInput(f"key {key!r}", "a view is attached to a parameter of the model", "take a name from model.named_parameters()")
+    hosts = [(m, p) for m in model.modules() for p, q in m._parameters.items() if q is tensor]
+    if any(p in m.__dict__.get("_rarefy_held", {}) for m, p in hosts):
+        raise Refused(f"key {key!r}", "a tensor has one view", "detach the first one")
+    for module, name in hosts:
+        _host(module, name, view)
+    owner.add_module(_PREFIX + param, view)
+
+
+def viewed(model: nn.Module) -> dict[str, tuple[nn.Parameter, View]]:
+    """{key: (raw parameter, view)} of every view in the model."""
+    found = {}
+    for path, module in model.named_modules():
+        for child, view in module._modules.items():
+            if child.startswith(_PREFIX) and isinstance(view, View):
+                param = child.removeprefix(_PREFIX)
+                tensor = module._parameters[param]
+                assert tensor is not None
+                found[f"{path}.{param}" if path else param] = (tensor, view)
+    return found
+
+
+def detach(model: nn.Module) -> dict[str, View]:
+    """Take every view off, leaving the raw weights: {key: view} to attach again. The classes are as before."""
+    found = {key: view for key, (_, view) in viewed(model).items()}
+    for module in list(model.modules()):
+        if module.__dict__.pop("_rarefy_held", None) is not None:
+            for child in [c for c, v in module._modules.items() if c.startswith(_PREFIX) and isinstance(v, View)]:
+                del module._modules[child]
+            module.__class__ = type(module)._rarefy_base  # the class that _host replaced
+    return found
+
+
+@contextmanager
+def exported(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the model is plain: its own classes and keys, exported values. Outside, training state is untouched, bit for bit."""
+    found = viewed(model)
+    raw = {key: tensor.detach().clone() for key, (tensor, _) in found.items()}
+    values = {key: view.export(tensor).weight.clone() for key, (tensor, view) in found.items()}
+    views = detach(model)
+    try:
+        with torch.no_grad():
+            for key, (tensor, _) in found.items():
+                tensor.copy_(values[key])
+        yield model
+    finally:
+        with torch.no_grad():
+            for key, (tensor, _) in found.items():
+                tensor.copy_(raw[key])
+        for key, view in views.items():
+            attach_view(model, key, view)

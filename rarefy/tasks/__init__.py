@@ -1,0 +1,1 @@
+"""Small training problems, one per file."""

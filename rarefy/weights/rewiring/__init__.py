@@ -1,0 +1,1 @@
+"""Which stored entries make room for which new ones, one idea per file."""

@@ -1,0 +1,1 @@
+"""Values as pure functions of progress, one idea per file."""

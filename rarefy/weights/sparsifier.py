@@ -1,0 +1,257 @@
+"""The step-flow: phases hung on the optimizer's step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rarefy.core.attach import attach_view, detach, viewed
+from rarefy.core.errors import BadInput, Refused
+from rarefy.core.exact import keep_count
+from rarefy.core.records import Delta, Entries, Event, Phase, Progress, Site, StatePolicy
+from rarefy.core.roles import Trigger, asks
+from rarefy.weights.allocations.uniform import Uniform
+from rarefy.weights.patterns.unstructured import PerMatrix
+from rarefy.weights.penalties import LossPenalty, ProximalPenalty
+from rarefy.weights.support import Support, apply, between, moments
+from rarefy.weights.views.masked import Masked
+
+_KEEP = StatePolicy(drop_weight="keep", grow_weight="keep")
+
+
+class Sparsifier:
+    """Sparse training inside the user's own loop.
+
+    ``sp = Sparsifier(model, phases, sites=keys, total=steps); sp.attach(optimizer)``, then ``sp.loss(task).backward()``.
+
+    Args:
+        phases: one Phase or several, in order.
+        sites: parameter names (or Sites); default: the weights of every Linear and Conv.
+        total: optimizer steps of the whole training.
+        seed: of the random choices.
+
+    A phase with a criterion and `enforce=False` keeps the values under the mask (they may return); with
+    `enforce=True` they are zero. A mask is recomputed at the steps where the density asks for another count.
+
+    Raises:
+        BadInput: no phases, or a site that is no parameter.
+    """
+
+    def __init__(self, model: nn.Module, phases: Phase | Sequence[Phase], *, sites: Iterable[str | Site] | None = None, total: int = 1, seed: int = 0) -> None:
+        self.model, self.phases = model, (phases,) if isinstance(phases, Phase) else tuple(phases)
+        if not self.phases:
+            raise BadInput("no phases", "training has at least one phase")
+        keys = default_sites(model) if sites is None else tuple(s if isinstance(s, str) else s.key for s in sites)
+        known = dict(model.named_parameters())
+        for key in keys:
+            if key not in known:
+                raise BadInput(f"site {key!r}", "a site is a parameter of the model", "take names from model.named_parameters()")
+        self.weights = {key: known[key] for key in keys}
+        self.support = Support(self.weights)
+        self.progress = Progress(total=total)
+        self.ledger: list[Event] = []
+        self.generator = torch.Generator().manual_seed(seed)
+        self.optimizer: Optimizer | None = None
+        self._trigger: dict[str, Any] = {}
+        self._held: dict[str, Tensor] = {}
+        self._arm()
+        self._enter()
+
+    @property
+    def phase(self) -> Phase:
+        return self.phases[self.progress.phase]
+
+    def attach(self, optimizer: Optimizer) -> Sparsifier:
+        """Hang on one optimizer's steps. Refused: a second optimizer, or one that does not own every site."""
+        if self.optimizer is not None:
+            raise Refused("a second optimizer", "one step of the sparsifier is one step of one optimizer", "put all sites in one optimizer, or use one Sparsifier for each")
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        stray = [key for key, w in self.weights.items() if id(w) not in owned]
+        if stray:
+            raise Refused(f"sites {', '.join(stray)}", "the optimizer must own every site", "pass `sites=` or build the optimizer from model.parameters()")
+        self.optimizer = optimizer
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
+        return self
+
+    def loss(self, task: Tensor) -> Tensor:
+        """The task's loss plus what penalties and views add; the same tensor where nothing is added."""
+        total = task
+        for penalty in self.phase.penalties:
+            if isinstance(penalty, LossPenalty):
+                total = total + penalty.loss(self.weights, self.progress)
+        for weight, view in viewed(self.model).values():
+            extra = view.extra_loss(weight)
+            total = total if isinstance(extra, float) and extra == 0.0 else total + extra
+        return total
+
+    def boundary(self, kind: str, **data: Any) -> None:
+        """Tell triggers that something ended: an epoch, a task, a data set, with plain figures."""
+        event = Event(kind, self.progress.step, data)
+        self.ledger.append(event)
+        counts = {**self.progress.counts, kind: self.progress.counts.get(kind, 0) + 1}
+        self.progress = replace(self.progress, counts=counts)
+        until = self.phase.until
+        if isinstance(until, Trigger):
+            self._trigger, done = until.observe(self._trigger or until.state(), self, event)
+            if done:
+                self._advance()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks and generator as tensors, the rest as plain JSON values."""
+        return {
+            "masks": self.support.state_dict(),
+            "generator": self.generator.get_state(),
+            "progress": asdict(self.progress),
+            "trigger": copy.deepcopy(self._trigger),
+            "ledger": [asdict(event) for event in self.ledger],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume. Order: model, sparsifier, optimizer; `enter` of the phase is not run again."""
+        self.support.load_state_dict(state["masks"])
+        self.generator.set_state(state["generator"])
+        self.progress = Progress(**state["progress"])
+        self._trigger = copy.deepcopy(state["trigger"])
+        self.ledger = [Event(**event) for event in state["ledger"]]
+        self._arm()
+
+    # -- phases
+    def _arm(self) -> None:
+        keeps = self.phase.criterion is not None and not self.phase.enforce
+        present = viewed(self.model)
+        ours = {key: view for key, (_, view) in present.items() if isinstance(view, Masked) and key in self.weights}
+        if keeps and not ours:
+            for key, mask in self.support.masks.items():
+                attach_view(self.model, key, Masked(mask))
+        elif ours and not keeps:
+            others = {key: view for key, view in detach(self.model).items() if key not in ours}
+            for key, view in others.items():
+                attach_view(self.model, key, view)
+        if self.phase.trainable is not None:
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(self.phase.trainable(name))
+        self._knobs()
+
+    def _enter(self) -> None:
+        for action in self.phase.enter:
+            action(self)
+        self._remask()
+        self._zero_outside()
+
+    def _advance(self) -> None:
+        if self.progress.phase + 1 < len(self.phases):
+            self.progress = replace(self.progress, phase=self.progress.phase + 1, phase_step=0)
+            self._trigger = {}
+            self._arm()
+            self._enter()
+            self.boundary("phase", name=self.phase.name)
+
+    def _knobs(self) -> None:
+        values = {name: schedule(self.progress) for name, schedule in self.phase.knobs.items()}
+        for _, view in viewed(self.model).values():
+            view.knobs.update(values)
+
+    # -- masks
+    def _wanted(self) -> dict[str, int]:
+        if self.phase.density is None:
+            return self.support.counts()
+        units = self.support.units()
+        budget = keep_count(sum(u.numel for u in units), self.phase.density(self.progress))
+        return (self.phase.allocation or Uniform()).counts(units, budget)
+
+    def _remask(self) -> None:
+        """Choose anew from the criterion, at the steps where the density asks for other counts."""
+        phase, counts = self.phase, self._wanted()
+        if phase.criterion is None or counts == self.support.counts():
+            return
+        pattern = phase.pattern or PerMatrix()
+        for key, weight in self.weights.items():
+            scores = phase.criterion.scores(weight.detach(), generator=self.generator)
+            mask = pattern.mask(scores, pattern.nearest(tuple(weight.shape), counts[key]))
+            self._change(key, between(self.support.masks[key], mask), StatePolicy() if phase.enforce else _KEEP)
+        self._note("mask")
+
+    def _rewire(self) -> bool:
+        """Rewire if due; True where that takes the place of the optimizer's step."""
+        phase, p = self.phase, self.progress
+        if phase.rewiring is None or p.phase_step == 0 or p.phase_step % phase.every:
+            return False
+        fraction, counts = (0.0 if phase.fraction is None else phase.fraction(p)), self._wanted()
+        if fraction == 0.0 and counts == self.support.counts():
+            return False
+        for key, weight in self.weights.items():
+            mask = self.support.masks[key]
+            entries = Entries(weight.detach()[mask], mask.flatten().nonzero()[:, 0], tuple(mask.shape))
+            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            have = {"gradient": gradient, "weight": weight.detach()}
+            stats = {name: have[name] for name in asks(phase.rewiring.rewire) if name in have}
+            delta = phase.rewiring.rewire(entries, count=counts[key], fraction=fraction, bound=None, generator=self.generator, **stats)
+            self._change(key, delta, phase.rewiring.policy)
+        self._note("rewire")
+        return phase.rewiring.policy.at == "instead"
+
+    def _change(self, key: str, delta: Delta, policy: StatePolicy) -> None:
+        apply(delta, self.support.masks[key], self.weights[key], policy, self.optimizer)
+
+    def _note(self, kind: str) -> None:
+        self.boundary(kind, nnz=self.support.counts())
+
+    @torch.no_grad()
+    def _zero_outside(self) -> None:
+        if self.phase.enforce:
+            for key, weight in self.weights.items():
+                weight.masked_fill_(~self.support.masks[key], 0.0)
+
+    # -- the optimizer's step
+    @torch.no_grad()
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if getattr(optimizer, "grad_scale", None) is not None:
+            raise Refused(
+                "a fused optimizer under GradScaler", "its gradients are still scaled when the sparsifier sees them", "call scaler.unscale_(optimizer) before scaler.step"
+            )
+        if self.phase.rewiring is None:
+            self._remask()
+        if self._rewire():
+            optimizer.zero_grad(set_to_none=True)
+        self._held = {key: w.detach().clone() for key, w in self.weights.items()}
+        for key, weight in self.weights.items():
+            if weight.grad is not None:
+                weight.grad.masked_fill_(~self.support.masks[key], 0.0)
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._proximal(optimizer)
+        for key, weight in self.weights.items():
+            mask = self.support.masks[key]
+            weight.copy_(torch.where(mask, weight, 0.0 if self.phase.enforce else self._held[key]))
+            for moment in moments(optimizer, weight):
+                moment.masked_fill_(~mask, 0.0)
+        p = self.progress
+        self.progress = replace(p, step=p.step + 1, phase_step=p.phase_step + 1)
+        for weight, view in viewed(self.model).values():
+            view.refresh(weight, self.progress)
+        self._knobs()
+        if isinstance(self.phase.until, int) and self.progress.phase_step >= self.phase.until:
+            self._advance()
+
+    def _proximal(self, optimizer: Optimizer) -> None:
+        rates = {id(w): float(group["lr"]) for group in optimizer.param_groups for w in group["params"]}
+        for penalty in self.phase.penalties:
+            if isinstance(penalty, ProximalPenalty):
+                values = penalty.prox(self.weights, {k: rates[id(w)] for k, w in self.weights.items()}, self.progress)
+                for key, value in values.items():
+                    self.weights[key].copy_(value)
+
+
+def default_sites(model: nn.Module) -> tuple[str, ...]:
+    """The weight keys of every Linear and Conv of the model, in order."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    owned = {id(m.weight) for m in model.modules() if isinstance(m, kinds)}
+    return tuple(name for name, p in model.named_parameters() if id(p) in owned)

@@ -1,0 +1,1 @@
+"""What ends a phase, one idea per file."""
