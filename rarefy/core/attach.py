@@ -100,7 +100,8 @@ def detach(model: nn.Module) -> dict[str, View]:
         if module.__dict__.pop("_rarefy_held", None) is not None:
             for child in [c for c, v in module._modules.items() if c.startswith(_PREFIX) and isinstance(v, View)]:
                 del module._modules[child]
-            module.__class__ = type(module)._rarefy_base  # the class that _host replaced
+            host: Any = type(module)
+            module.__class__ = host._rarefy_base
     return found
 
 

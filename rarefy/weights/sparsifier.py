@@ -195,7 +195,8 @@ class Sparsifier:
             delta = phase.rewiring.rewire(entries, count=counts[key], fraction=fraction, bound=None, generator=self.generator, **stats)
             self._change(key, delta, phase.rewiring.policy)
         self._note("rewire")
-        return phase.rewiring.policy.at == "instead"
+        policy: StatePolicy = phase.rewiring.policy
+        return policy.at == "instead"
 
     def _change(self, key: str, delta: Delta, policy: StatePolicy) -> None:
         apply(delta, self.support.masks[key], self.weights[key], policy, self.optimizer)

@@ -1,0 +1,15 @@
+"""Static: the sparsity a model starts with is the sparsity it keeps."""
+
+from __future__ import annotations
+
+from rarefy.core.records import Phase, TrainRecipe
+from rarefy.weights.allocations.uniform import Uniform
+from rarefy.weights.criteria.random import Random
+from rarefy.weights.schedules.constant import Constant
+
+
+def _phases(density: float, steps: int) -> tuple[Phase, ...]:
+    return (Phase("static", density=Constant(density), criterion=Random(), allocation=Uniform()),)
+
+
+STATIC = TrainRecipe("static", _phases, Uniform(), Random())

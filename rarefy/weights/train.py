@@ -1,0 +1,146 @@
+"""`train`: a task, a recipe and a density to a sparse model and a record; survives a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rarefy.core.attach import exported
+from rarefy.core.errors import BadFile, BadInput, Refused
+from rarefy.core.records import TrainRecipe
+from rarefy.core.roles import Task
+from rarefy.weights.sparsifier import Sparsifier
+
+Factory = Callable[[Iterable[nn.Parameter]], Optimizer]
+_CHECKPOINT, _MODEL, _RECORD = "checkpoint.safetensors", "model.safetensors", "record.json"
+
+
+def sgd(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-4)
+
+
+def train(
+    task: Task,
+    recipe: TrainRecipe,
+    *,
+    density: float,
+    steps: int,
+    seed: int = 0,
+    optimizer: Factory = sgd,
+    options: dict[str, Any] | None = None,
+    checkpoint_dir: str | Path | None = None,
+    save_every: int = 100,
+    resume: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Train sparsely from scratch.
+
+    Args:
+        density: fraction of the sites' weights kept at the end, in (0, 1].
+        steps: optimizer steps.
+        optimizer: parameters -> optimizer (default SGD 0.1, momentum 0.9, weight decay 1e-4).
+        options: for `task.model`.
+        checkpoint_dir: where a checkpoint is kept every `save_every` steps and, at the end, model.safetensors (dense with
+            zeros) and record.json are written; each file appears whole or not at all.
+        resume: continue a checkpoint of the same run, to the same bytes as without the stop.
+        progress: called with (step, steps) after each step.
+
+    Returns:
+        {task, recipe, density_requested, density (measured), metric, steps, seed, sites: [{key, shape, nnz}]}.
+
+    Raises:
+        BadInput: density or steps out of range.  BadFile: a damaged checkpoint.  Refused: a checkpoint of another run.
+    """
+    if not 0.0 < density <= 1.0 or steps < 1:
+        raise BadInput(f"density {density}, steps {steps}", "a density lies in (0, 1] and training has at least one step", "pass for example density=0.1, steps=1000")
+    model = task.model(seed, **(options or {}))
+    sparsifier = Sparsifier(model, recipe.phases(density, steps), total=steps, seed=seed)
+    opt = optimizer(model.parameters())
+    sparsifier.attach(opt)
+    run = {"task": repr(task), "recipe": recipe.name, "density": density, "steps": steps, "seed": seed, "options": options or {}}
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if resume and (folder / _CHECKPOINT).exists():
+            _load(folder / _CHECKPOINT, run, model, sparsifier, opt)
+    for step in range(sparsifier.progress.step, steps):
+        opt.zero_grad()
+        sparsifier.loss(task.loss(model, task.batch(seed, step))).backward()
+        opt.step()
+        if folder is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
+            _save(folder / _CHECKPOINT, run, model, sparsifier, opt)
+        if progress is not None:
+            progress(step + 1, steps)
+    with exported(model):
+        record = _record(task, recipe, density, steps, seed, model, sparsifier)
+        if folder is not None:
+            tensors = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
+            _whole(folder / _MODEL, lambda draft: save_file(tensors, draft))
+            _whole(folder / _RECORD, lambda draft: Path(draft).write_text(json.dumps(record, indent=2) + "\n"))
+    return record
+
+
+def _record(task: Task, recipe: TrainRecipe, density: float, steps: int, seed: int, model: nn.Module, sparsifier: Sparsifier) -> dict[str, Any]:
+    sites = [{"key": key, "shape": list(w.shape), "nnz": int((w != 0).sum())} for key, w in sparsifier.weights.items()]
+    measured = sum(int((w != 0).sum()) for w in sparsifier.weights.values()) / sum(w.numel() for w in sparsifier.weights.values())
+    head = {"task": task.name, "recipe": recipe.name, "density_requested": density, "density": measured}
+    return {**head, "metric": task.evaluate(model), "steps": steps, "seed": seed, "sites": sites}
+
+
+def _whole(path: Path, write: Callable[[str], Any]) -> None:
+    draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        write(str(draft))
+        with draft.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _save(path: Path, run: dict[str, Any], model: nn.Module, sparsifier: Sparsifier, optimizer: Optimizer) -> None:
+    """Tensors as tensors, everything else as JSON in the same file's metadata: one file, one moment."""
+    state, moments = sparsifier.state_dict(), optimizer.state_dict()
+    tensors: dict[str, Tensor] = {f"model/{k}": v for k, v in model.state_dict().items()}
+    tensors |= {f"mask/{k}": v for k, v in state.pop("masks").items()}
+    tensors["generator"] = state.pop("generator")
+    tensors["torch_generator"] = torch.get_rng_state()
+    plain: dict[str, dict[str, Any]] = {}
+    for index, values in moments["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{index}/{name}"] = value
+            else:
+                plain.setdefault(str(index), {})[name] = value
+    scalars = {"run": run, "sparsifier": state, "groups": moments["param_groups"], "plain": plain}
+    copies = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
+    _whole(path, lambda draft: save_file(copies, draft, metadata={"rarefy": json.dumps(scalars)}))
+
+
+def _load(path: Path, run: dict[str, Any], model: nn.Module, sparsifier: Sparsifier, optimizer: Optimizer) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            scalars = json.loads((file.metadata() or {})["rarefy"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except Exception as error:
+        raise BadFile(f"checkpoint {path}", f"it must be a checkpoint that train wrote, and reading raised {type(error).__name__}", "delete it or pass resume=False") from error
+    if scalars["run"] != json.loads(json.dumps(run)):
+        raise Refused(f"checkpoint {path} of {scalars['run']}", f"this run is {run}", "name another checkpoint_dir or pass resume=False")
+    of = {p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("model/", "mask/", "optimizer/")}
+    model.load_state_dict(of["model/"])
+    sparsifier.load_state_dict({**scalars["sparsifier"], "masks": of["mask/"], "generator": tensors["generator"]})
+    moments: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in scalars["plain"].items()}
+    for key, value in of["optimizer/"].items():
+        index, name = key.split("/", 1)
+        moments.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": moments, "param_groups": scalars["groups"]})
+    torch.set_rng_state(tensors["torch_generator"])
