@@ -40,6 +40,10 @@ class NM(Pattern):
         if not 0 < self.n <= self.m:
             raise BadInput(f"pattern {self.n}:{self.m}", "n:m keeps n of every m, 0 < n <= m", "pass for example 2:4")
 
+    @property
+    def span(self) -> int:
+        return self.m
+
     @classmethod
     def examples(cls) -> tuple[Any, ...]:
         return (cls(2, 4), cls(1, 4), cls(4, 8), cls(3, 3))

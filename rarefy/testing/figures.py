@@ -1,0 +1,47 @@
+"""Synthetic weights and statistics for the contracts: small, seeded, made by the discovered Statistic of each name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rarefy.core import discover
+from rarefy.core.roles import Statistic
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def weight(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=seeded(seed))
+
+
+def rows(like: Tensor, seed: int = 1, count: int = 24) -> Tensor:
+    """Correlated input rows [R, C] of a site with this weight."""
+    columns = like[0].numel()
+    return torch.randn(count, columns, generator=seeded(seed)) @ (torch.eye(columns) + 0.5 * torch.randn(columns, columns, generator=seeded(seed + 1)) / columns**0.5)
+
+
+def gradients(like: Tensor, seed: int = 1) -> Tensor:
+    return torch.randn(like.shape, generator=seeded(seed))
+
+
+SOURCES = {"input": rows, "gradient": gradients}
+
+
+def statistic(name: str, like: Tensor, batches: int = 2) -> Tensor:
+    """The statistic of this name over synthetic batches for a site with this weight."""
+    kind: type[Statistic] = discover.pick(discover.methods(Statistic), name, "statistic")
+    part = kind.examples()[0]
+    state = part.start(like)
+    for batch in range(batches):
+        state = part.update(state, SOURCES[part.source](like, seed=10 + batch))
+    found: Tensor = part.finish(state)
+    return found
+
+
+def statistics(names: Sequence[str], like: Tensor) -> dict[str, Tensor]:
+    return {name: statistic(name, like) for name in names}

@@ -1,0 +1,38 @@
+"""The contract of a Statistic: streamed, order does not matter, inputs untouched."""
+
+from __future__ import annotations
+
+import torch
+
+from rarefy.core.roles import Statistic
+from rarefy.testing import figures
+from rarefy.testing.contract import contract
+
+
+@contract(Statistic)
+def order_of_batches_does_not_matter(part: Statistic) -> None:
+    weight = figures.weight(6, 8)
+    batches = [figures.SOURCES[part.source](weight, seed=seed) for seed in (1, 5, 9)]
+    copies = [batch.clone() for batch in batches]
+    results = []
+    for order in (batches, batches[::-1]):
+        state = part.start(weight)
+        for batch in order:
+            state = part.update(state, batch)
+        results.append(part.finish(state))
+    assert torch.allclose(results[0], results[1], rtol=1e-4, atol=1e-5), f"{part!r} depends on the order of batches"
+    assert torch.isfinite(results[0]).all(), f"{part!r} is not finite or changed its input"
+    assert all(torch.equal(a, b) for a, b in zip(batches, copies, strict=True)), f"{part!r} is not finite or changed its input"
+
+
+@contract(Statistic)
+def an_input_statistic_streams(part: Statistic) -> None:
+    if part.source != "input":
+        return
+    weight = figures.weight(6, 8)
+    whole = figures.rows(weight)
+    once = part.finish(part.update(part.start(weight), whole))
+    state = part.start(weight)
+    for piece in whole.split(5):
+        state = part.update(state, piece)
+    assert torch.allclose(part.finish(state), once, rtol=1e-4, atol=1e-4), f"{part!r}: batches do not add up to the whole"

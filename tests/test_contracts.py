@@ -1,0 +1,79 @@
+"""Every discovered part of every role with a contract keeps it, plug-ins included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rarefy.testing as contracts
+from rarefy.core import discover
+from rarefy.core.errors import BadInput
+from rarefy.core.records import Units
+from rarefy.core.roles import Allocation, Criterion, Pattern, Solver, Statistic
+from rarefy.testing.allocations import asked
+from rarefy.weights.patterns import parse_pattern
+
+ROLES = (Statistic, Criterion, Allocation, Pattern, Solver)
+PARTS = [pytest.param(part, id=f"{role.__name__}-{name}") for role in ROLES for name, part in discover.methods(role).items()]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_part_keeps_its_contract(part: type) -> None:
+    assert contracts.check(part) > 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=5), share=st.floats(0, 1))
+def test_every_allocation_conserves_its_budget(sizes: list[tuple[int, int, float, float]], share: float) -> None:
+    units = [Units(f"layers.{i}.w", (a, b), (), floor=int(a * b * f * 0.5), cap=a * b - int(a * b * c * 0.5)) for i, (a, b, f, c) in enumerate(sizes)]
+    low, high = sum(u.floor for u in units), sum(u.limit for u in units)
+    budget = low + round((high - low) * share)
+    for kind in discover.methods(Allocation).values():
+        for part in kind.examples():
+            counts = part.counts(units, budget, **asked(part, units))
+            assert sum(counts.values()) == budget
+            assert all(u.floor <= counts[u.name] <= u.limit for u in units)
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from rarefy.core.roles import Criterion
+
+@dataclass(frozen=True)
+class Cube(Criterion):
+    name = "cube"
+
+    def scores(self, weight, *, generator=None):
+        return {body}
+"""
+
+
+def test_a_plugin_is_discovered_and_checked(tmp_path: Path) -> None:
+    good, bad = tmp_path / "cube.py", tmp_path / "cube_bad.py"
+    good.write_text(PLUGIN.replace("{body}", "weight.float().abs() ** 3"))
+    bad.write_text(PLUGIN.replace("{body}", "weight").replace("cube", "cube-bad").replace("Cube", "CubeBad"))
+    before = list(discover._plugins)
+    try:
+        for file in (good, bad):
+            discover.load_plugin(file)
+        found = discover.methods(Criterion)
+        assert contracts.check(found["cube"]) > 0
+        with pytest.raises(AssertionError):
+            contracts.check(found["cube-bad"])
+    finally:
+        discover._plugins[:] = before
+
+
+def test_only_parts_with_a_contract_are_checked() -> None:
+    with pytest.raises(BadInput, match="contract"):
+        contracts.check(3)
+
+
+@pytest.mark.parametrize("text", ["5:4", "0:4", "block:0x1", "diagonal", "2:4:8", ""])
+def test_unknown_patterns_are_refused(text: str) -> None:
+    with pytest.raises(BadInput):
+        parse_pattern(text)
+    assert parse_pattern("rows") != parse_pattern("row")
