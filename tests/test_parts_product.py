@@ -40,7 +40,7 @@ def test_exact_or_refused(allocation: Allocation, pattern: Pattern, kind: str) -
     try:
         budget = {site.name: pattern.nearest(site.shape, counts[site.name]) for site in sites}
     except BadInput:
-        with pytest.raises(BadInput, match="shape .*needs"):
+        with pytest.raises(BadInput, match=r"shape .*needs"):
             pattern.mask(views[sites[0].name], counts[sites[0].name])
         return
     pruned = Keep(Magnitude()).solve(views, budget, stats={}, pattern=pattern)

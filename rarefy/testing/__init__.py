@@ -7,9 +7,11 @@ package. A part's class declares true exceptions as ``exceptions = {"function na
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from typing import Any
 
+from rarefy.core.roles import Role
 from rarefy.testing.contract import Contract, contract, contracts_of, run
 
 __all__ = ["Contract", "check", "contract", "contracts_of", "has_contract"]
@@ -34,4 +36,6 @@ def check(part: Any) -> int:
     >>> check(Magnitude) > 0
     True
     """
-    return sum(run(each) for each in (part.examples() if isinstance(part, type) else (part,)))
+    parts: tuple[Any, ...] = part.examples() if inspect.isclass(part) and issubclass(part, Role) else (part,)
+    ran: int = sum(run(each) for each in parts)
+    return ran

@@ -22,7 +22,8 @@ def weight(*shape: int, seed: int = 0) -> Tensor:
 def rows(like: Tensor, seed: int = 1, count: int = 24) -> Tensor:
     """Correlated input rows [R, C] of a site with this weight."""
     columns = like[0].numel()
-    return torch.randn(count, columns, generator=seeded(seed)) @ (torch.eye(columns) + 0.5 * torch.randn(columns, columns, generator=seeded(seed + 1)) / columns**0.5)
+    made: Tensor = torch.randn(count, columns, generator=seeded(seed)) @ (torch.eye(columns) + 0.5 * torch.randn(columns, columns, generator=seeded(seed + 1)) / columns**0.5)
+    return made
 
 
 def gradients(like: Tensor, seed: int = 1) -> Tensor:

@@ -33,6 +33,6 @@ def an_input_statistic_streams(part: Statistic) -> None:
     whole = figures.rows(weight)
     once = part.finish(part.update(part.start(weight), whole))
     state = part.start(weight)
-    for piece in whole.split(5):
+    for piece in torch.split(whole, 5):
         state = part.update(state, piece)
     assert torch.allclose(part.finish(state), once, rtol=1e-4, atol=1e-4), f"{part!r}: batches do not add up to the whole"
