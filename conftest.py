@@ -11,6 +11,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+pytest_plugins = ["tests.evidence_plugin"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,0 +1,1 @@
+"""The command line: thin. Names become objects here and nowhere else."""

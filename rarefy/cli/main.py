@@ -1,0 +1,68 @@
+"""`rarefy`: the entry point. Errors are one line on standard error and an exit code that means something."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from rarefy.core.discover import load_plugin
+from rarefy.core.errors import RarefyError
+
+app = typer.Typer(
+    name="rarefy",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Make neural networks sparse, and measure what it cost.",
+)
+
+
+@app.callback()
+def options(
+    plugin: Annotated[list[str] | None, typer.Option(help="A Python file with parts of your own; may be repeated.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads for torch; default: all cores.", min=1)] = None,
+) -> None:
+    for file in plugin or ():
+        load_plugin(file)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit code is returned by the console script."""
+    import rarefy.cli.verbs
+
+    assert rarefy.cli.verbs is not None
+    try:
+        code: Any = app(args=argv, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except RarefyError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing half-written was left, run the same command again", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT):
+            raise
+        return _fail(f"{error.filename or 'a file'}: {error.strerror}; nothing half-written was left.", 6)
+    except typer.Exit as stop:
+        return int(stop.exit_code)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)
+        if usage is None:
+            raise
+        return _fail(usage(), getattr(error, "exit_code", 2))
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return code
+
+
+def run() -> None:
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Text to parts: `owl`, `owl:spread=0.1`, `5%`."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from typing import Any, TypeVar
+
+from rarefy.core.discover import methods, pick, recipes
+from rarefy.core.errors import BadInput
+from rarefy.core.records import Recipe
+from rarefy.core.roles import Allocation, Criterion
+from rarefy.weights.patterns import parse_pattern
+from rarefy.weights.solvers.keep import Keep
+
+T = TypeVar("T")
+
+
+def part(role: type[T], text: str) -> T:
+    """The part that a text names, its hyper-parameters as `name:field=value,field=value`.
+
+    Raises:
+        BadInput: an unknown name, an unknown field or a value that is no number, word or boolean.
+
+    >>> part(Allocation, "uniform")
+    Uniform()
+    """
+    name, _, options = text.partition(":")
+    kind: Any = pick(methods(role), name, role.__name__.lower())
+    fields = {f.name for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+    given = dict(option.partition("=")[::2] for option in options.split(",") if option)
+    unknown = sorted(set(given) - fields)
+    if unknown:
+        raise BadInput(f"{text!r}", f"{name} has the fields {', '.join(sorted(fields)) or 'none'}, not {', '.join(unknown)}")
+    return kind(**{key: _value(value) for key, value in given.items()})
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def recipe(name: str, *, criterion: str | None = None, allocation: str | None = None, pattern: str | None = None) -> Recipe:
+    """The recipe of that name, with the parts that the user replaces.
+
+    >>> recipe("wanda", pattern="2:4").pattern
+    NM(n=2, m=4)
+    """
+    found = pick(recipes(), name, "recipe")
+    changes: dict[str, Any] = {}
+    if criterion is not None:
+        changes["solver"] = Keep(part(Criterion, criterion))
+    if allocation is not None:
+        changes["allocation"] = part(Allocation, allocation)
+    if pattern is not None:
+        changes["pattern"] = parse_pattern(pattern)
+    return dataclasses.replace(found, **changes) if changes else found
+
+
+def share(text: str) -> float:
+    """A fraction: `5%` or `0.05`.
+
+    >>> share("5%")
+    0.05
+    """
+    try:
+        value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    except ValueError as error:
+        raise BadInput(f"{text!r}", "a share is a number such as 0.05 or 5%") from error
+    if not value >= 0:
+        raise BadInput(f"{text!r}", "a share is not negative")
+    return value
+
+
+def listed(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
