@@ -20,14 +20,22 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 FAMILIES = {
     "Llama": ("LlamaForCausalLM", "LlamaConfig", {**SMALL, "num_key_value_heads": 2}),
     "GPT2": ("GPT2LMHeadModel", "GPT2Config", {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}),
-    "OPT": ("OPTForCausalLM", "OPTConfig", {"vocab_size": 64, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32, "max_position_embeddings": 32}),
+    "OPT": (
+        "OPTForCausalLM",
+        "OPTConfig",
+        {"vocab_size": 64, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32, "max_position_embeddings": 32},
+    ),
     "GPTNeoX": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SMALL),
     "Qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**SMALL, "num_key_value_heads": 2, "head_dim": 8}),
     "Gemma": ("GemmaForCausalLM", "GemmaConfig", {**SMALL, "num_key_value_heads": 2, "head_dim": 8}),
     "Gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**SMALL, "num_key_value_heads": 2, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}),
     "BERT": ("BertForMaskedLM", "BertConfig", {**SMALL, "max_position_embeddings": 32}),
     "Mixtral": ("MixtralForCausalLM", "MixtralConfig", {**SMALL, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "Qwen3Moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**SMALL, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    "Qwen3Moe": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {**SMALL, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
 }
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 

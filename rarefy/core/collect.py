@@ -81,11 +81,19 @@ class Collector(AbstractContextManager["Collector"]):
             return
         leader = self.leaders.setdefault(name, name)
         if leader != name:
-            raise BadInput(f"site {name}", f"it shared its input with {leader} in the first batch and does not in batch {self.batch}", "calibrate with batches that take one path through the model")
+            raise BadInput(
+                f"site {name}",
+                f"it shared its input with {leader} in the first batch and does not in batch {self.batch}",
+                "calibrate with batches that take one path through the model",
+            )
         self._last = (x, name)
         seen = rows(x)
         if not torch.isfinite(seen).all():
-            raise BadInput(f"site {name} sees {int((~torch.isfinite(seen)).sum())} NaN or inf values in calibration batch {self.batch}", "calibration activations must be finite", "check that batch, or load the model in float32")
+            raise BadInput(
+                f"site {name} sees {int((~torch.isfinite(seen)).sum())} NaN or inf values in calibration batch {self.batch}",
+                "calibration activations must be finite",
+                "check that batch, or load the model in float32",
+            )
         self.rows[name] += seen.shape[0]
         weight = site.read(tensor)
         states = self.states.setdefault(name, {s.name: s.start(weight) for s in self.statistics})
@@ -142,7 +150,11 @@ def _rows(module: nn.Module, x: Tensor) -> Tensor:
 
 def _conv_rows(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
     if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
-        raise BadInput(f"a convolution with groups={module.groups}, padding={module.padding!r}, mode {module.padding_mode}", "input statistics need groups=1 and numeric zero padding", "exclude it, or use a criterion of the weight alone")
+        raise BadInput(
+            f"a convolution with groups={module.groups}, padding={module.padding!r}, mode {module.padding_mode}",
+            "input statistics need groups=1 and numeric zero padding",
+            "exclude it, or use a criterion of the weight alone",
+        )
     kernel, dilation, padding, stride = module.kernel_size, module.dilation, module.padding, module.stride
     if isinstance(module, nn.Conv1d):
         x, kernel, dilation, padding, stride = x[:, :, None], (1, *kernel), (1, *dilation), (0, *padding), (1, *stride)
@@ -215,7 +227,9 @@ def collect_all(
     from_input = [s for s in statistics if s.source == "input"]
     from_gradient = [s for s in statistics if s.source == "gradient"]
     if statistics and not batches:
-        raise BadInput(f"no calibration batches for {', '.join(s.name for s in statistics)}", "this recipe measures activations or gradients", "pass batches, or --calibration TEXT")
+        raise BadInput(
+            f"no calibration batches for {', '.join(s.name for s in statistics)}", "this recipe measures activations or gradients", "pass batches, or --calibration TEXT"
+        )
     out: Stats = {}
     if from_input:
         with Collector(model, sites, from_input) as collector, torch.no_grad():

@@ -117,7 +117,9 @@ def split_budget(ideal: Sequence[float], budget: int, *, floors: Sequence[int] |
     if bool((~torch.isfinite(wish)).any()) or bool((wish < 0).any()):
         raise BadInput(f"wishes {wish.tolist()}", "an allocation wishes for finite, non-negative counts")
     if bool((low > high).any()) or not low.sum() <= budget <= high.sum():
-        raise BadInput(f"budget {budget}", f"floors add up to {int(low.sum())} and caps to {int(high.sum())}, and the budget lies between", "change the density, the floors or the caps")
+        raise BadInput(
+            f"budget {budget}", f"floors add up to {int(low.sum())} and caps to {int(high.sum())}, and the budget lies between", "change the density, the floors or the caps"
+        )
     exact = _scale_into(wish, float(budget), low, high)
     count = torch.minimum(torch.maximum(exact.floor(), low), high)
     short = budget - int(count.sum())
@@ -193,4 +195,8 @@ def safe_cholesky(matrix_NN: Tensor, *, damp: float = 0.01, tries: int = 10) -> 
         factor, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
             return factor, used
-    raise BadInput(f"a Hessian of shape {tuple(matrix_NN.shape)} with smallest diagonal {float(matrix_NN.diagonal().min()):.3g}", f"it is not positive definite even with damping {used:.3g}", "use more calibration tokens or a larger damping")
+    raise BadInput(
+        f"a Hessian of shape {tuple(matrix_NN.shape)} with smallest diagonal {float(matrix_NN.diagonal().min()):.3g}",
+        f"it is not positive definite even with damping {used:.3g}",
+        "use more calibration tokens or a larger damping",
+    )

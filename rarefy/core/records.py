@@ -129,11 +129,15 @@ class StatePolicy:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a solver returns for one site: weight (exactly zero where the mask is False), mask, new bias or None."""
+    """What a solver returns for one site: weight (exactly zero where the mask is False), mask, new bias or None.
+
+    `notes` is what the record should say about the site (damping used, error on the solver's own objective): plain JSON values.
+    """
 
     weight: Tensor
     mask: Tensor
     bias: Tensor | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

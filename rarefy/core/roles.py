@@ -79,6 +79,11 @@ class Pattern(Role):
     def nearest(self, shape: Sequence[int], count: int) -> int:
         """The reachable count nearest to `count` (ties downwards); raises BadInput where the shape cannot carry the pattern."""
 
+    @property
+    def span(self) -> int:
+        """How many neighbouring input columns are chosen together (1: any slice of columns may be masked by itself); 0: the whole matrix is."""
+        return 0
+
     @classmethod
     def parse(cls, text: str) -> Pattern | None:
         """The pattern that a user's text names, or None where it names another."""

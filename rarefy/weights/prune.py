@@ -113,7 +113,9 @@ def describe(part: Any) -> str:
 class _Flow:
     """The state of one prune: what was asked and what is known so far."""
 
-    def __init__(self, model: nn.Module, batches: list[Any], recipe: Recipe, pattern: Pattern, allocation: Allocation, seed: int, errors: bool, loss: Any, progress: ProgressBar | None) -> None:
+    def __init__(
+        self, model: nn.Module, batches: list[Any], recipe: Recipe, pattern: Pattern, allocation: Allocation, seed: int, errors: bool, loss: Any, progress: ProgressBar | None
+    ) -> None:
         self.model, self.batches, self.recipe, self.pattern, self.allocation = model, batches, recipe, pattern, allocation
         self.seed, self.loss, self.progress = seed, loss, progress or (lambda done, total, label: None)
         self.errors = errors and bool(batches)
@@ -124,16 +126,16 @@ class _Flow:
         needs = self.recipe.solver.needs
         dense: Stats = dict(known or {})
         wanted = self._allocation_needs()
-        whole = [n for n in dict.fromkeys((*wanted, *(n for n in needs if _statistic(n).source == "gradient"))) if n not in dense]
+        whole = [n for n in dict.fromkeys((*wanted, *(n for n in needs if statistic(n).source == "gradient"))) if n not in dense]
         if whole:
-            dense.update(collect_all(self.model, self.batches, self.sites, [_statistic(n) for n in whole], loss=self.loss, progress=self.progress))
+            dense.update(collect_all(self.model, self.batches, self.sites, [statistic(n) for n in whole], loss=self.loss, progress=self.progress))
         budget = self._budget(density, dense)
-        rest = list(dict.fromkeys(n for n in (*needs, *((ERROR_STATISTIC,) if self.errors else ())) if _statistic(n).source == "input"))
+        rest = list(dict.fromkeys(n for n in (*needs, *((ERROR_STATISTIC,) if self.errors else ())) if statistic(n).source == "input"))
         if known is not None or not rest:
             return self._solve(self.sites, budget, dense)
         if not self.batches:
             raise BadInput(f"no calibration batches for {', '.join(rest)}", f"recipe {self.recipe.name} measures activations", "pass batches, or --calibration TEXT")
-        return self._by_block(budget, dense, [_statistic(n) for n in rest], mode)
+        return self._by_block(budget, dense, [statistic(n) for n in rest], mode)
 
     def _allocation_needs(self) -> tuple[str, ...]:
         return asks(self._criterion().scores) if "scores" in asks(self.allocation.counts) else ()
@@ -160,7 +162,9 @@ class _Flow:
         reached = {s.name: self.pattern.nearest(s.shape, counts[s.name]) for s in self.sites}
         if abs(sum(reached.values()) - target) > COUNT_TOLERANCE * max(target, 1) + len(units):
             got = sum(reached.values()) / sum(u.numel for u in units)
-            raise BadInput(f"density {density} with pattern {describe(self.pattern)}", f"the nearest that the pattern reaches is {got:.4g}", f"ask for --density {got:.4g}, or another pattern")
+            raise BadInput(
+                f"density {density} with pattern {describe(self.pattern)}", f"the nearest that the pattern reaches is {got:.4g}", f"ask for --density {got:.4g}, or another pattern"
+            )
         return reached
 
     def _scores(self, site: Site, stats: Stats) -> Tensor:
@@ -183,7 +187,9 @@ class _Flow:
             self.progress(len(chain), len(chain), "prune")
         return [records[s.name] for s in self.sites]
 
-    def _block(self, index: int, block: nn.Module, sites: list[Site], calls: list[Calls], budget: Mapping[str, int], dense: Stats, statistics: list[Statistic], mode: str) -> dict[str, Any]:
+    def _block(
+        self, index: int, block: nn.Module, sites: list[Site], calls: list[Calls], budget: Mapping[str, int], dense: Stats, statistics: list[Statistic], mode: str
+    ) -> dict[str, Any]:
         outputs = []
         with Collector(self.model, sites, statistics) as collector:
             for number, batch in enumerate(calls):
@@ -246,5 +252,6 @@ def relative_error(weight: Tensor, new: Tensor, hessian_CC: Tensor | None) -> fl
     return (energy(weight - new) / signal) ** 0.5 if signal > 0 else 0.0
 
 
-def _statistic(name: str) -> Statistic:
+def statistic(name: str) -> Statistic:
+    """The discovered statistic of that name."""
     return pick(methods(Statistic), name, "statistic")()

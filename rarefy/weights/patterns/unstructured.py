@@ -23,6 +23,10 @@ class PerMatrix(Pattern):
 
     name = "matrix"
 
+    @property
+    def span(self) -> int:
+        return 1
+
     def mask(self, scores: Tensor, count: int, bound: Tensor | None = None) -> Tensor:
         return topk_mask(scores, count, bound)
 
@@ -39,6 +43,10 @@ class PerRow(Pattern):
     """
 
     name = "row"
+
+    @property
+    def span(self) -> int:
+        return 1
 
     def mask(self, scores: Tensor, count: int, bound: Tensor | None = None) -> Tensor:
         rows = scores.shape[0]

@@ -1,0 +1,105 @@
+"""`rarefy prune`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from rarefy.cli import names
+from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed
+from rarefy.cli.main import app
+from rarefy.cli.output import bars, line, show, table, text
+from rarefy.core.errors import BadInput
+from rarefy.hub.atomic import check_target
+from rarefy.hub.export import save_dense
+from rarefy.hub.load import load
+from rarefy.hub.text import calibration_batches
+from rarefy.weights.prune import prune as prune_model
+
+EPILOG = "Examples:  rarefy prune demo --recipe sparsegpt --density 0.5 --out half   ·   rarefy prune demo --recipe wanda --pattern 2:4 --out two-four --json"
+
+
+@app.command(epilog=EPILOG)
+def prune(
+    model: Model,
+    out: Out,
+    recipe: Annotated[str, typer.Option(help="See `rarefy methods`.")] = "sparsegpt",
+    density: Annotated[float, typer.Option(help="Fraction of the weights that is kept.")] = 0.5,
+    pattern: Annotated[str | None, typer.Option(help="matrix, row, 2:4, block:4x1, rows, columns; default: the recipe's.")] = None,
+    criterion: Annotated[str | None, typer.Option(help="Replace the recipe's solver by keeping what this criterion rates best.")] = None,
+    allocation: Annotated[str | None, typer.Option(help="Replace the recipe's allocation, e.g. owl:spread=0.1.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Only modules that match this glob; may be repeated.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="No modules that match this glob; may be repeated.")] = None,
+    mode: Annotated[str, typer.Option(help="cascade or parallel statistics.")] = "cascade",
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = 8192,
+    dtype: Annotated[str | None, typer.Option(help="Load in this dtype; default: as stored.")] = None,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Prune a model in one pass and write it as a plain folder with zeros."""
+    chosen = names.recipe(recipe, criterion=criterion, allocation=allocation, pattern=pattern)
+    check_density(density)
+    check_target(Path(out), force=force)
+    began = time.monotonic()
+    loaded = load(model, dtype=dtype, device=device)
+    batches = to_device(calibration_batches(need_tokenizer(loaded), calibration_tokens, seed=seed, path=calibration), device)
+    loaded_at = time.monotonic()
+    with bars(as_json) as progress:
+        record = prune_model(loaded.model, batches, chosen, density=density, include=include or (), exclude=exclude or (), mode=mode, seed=seed, progress=progress)
+    record = {
+        **record,
+        "calibration": {"text": calibration or "embedded", "tokens": sum(b["input_ids"].numel() for b in batches)},
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    timings = {"load_s": loaded_at - began, "prune_s": time.monotonic() - loaded_at}
+    save_dense(loaded.model, loaded.tokenizer, out, force=force, record=record, timings=timings)
+    show({**record, "out": out}, as_json, _draw)
+
+
+def check_density(density: float) -> None:
+    if not 0 < density <= 1:
+        raise BadInput(f"density {density}", "a density is the fraction of weights that is kept, in (0, 1]", "pass for example --density 0.5")
+
+
+def need_tokenizer(loaded: Any) -> Any:
+    if loaded.tokenizer is None:
+        raise BadInput(f"{loaded.spec} has no tokenizer", "calibration and evaluation read text", "put the tokenizer's files beside the model")
+    return loaded.tokenizer
+
+
+def to_device(batches: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
+    return [{k: v.to(device) for k, v in batch.items()} for batch in batches]
+
+
+def versions() -> dict[str, str]:
+    import transformers
+
+    import rarefy
+
+    return {"rarefy": rarefy.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _draw(record: dict[str, Any]) -> None:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for site in record["sites"]:
+        groups.setdefault(".".join(p for p in site["name"].removesuffix(".weight").split(".") if not p.isdigit()), []).append(site)
+    rows = [
+        {
+            "matrices": name,
+            "n": len(sites),
+            "density": sum(s["kept"] for s in sites) / sum(s["kept"] / s["density"] for s in sites if s["density"]) if any(s["density"] for s in sites) else 0.0,
+            "error, mask only": sum(s["error_mask_only"] for s in sites) / len(sites),
+            "error": sum(s["error"] for s in sites) / len(sites),
+        }
+        for name, sites in groups.items()
+    ]
+    table(rows, ["matrices", "n", "density", "error, mask only", "error"], f"{record['recipe']} · {record['pattern']} · {record['model']} (mean relative output error)")
+    line(f"density {text(record['density'])} of {text(record['density_requested'])} asked; written to {record['out']}")

@@ -1,0 +1,19 @@
+"""`rarefy report`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rarefy.cli.arguments import Json
+from rarefy.cli.main import app
+from rarefy.cli.output import line, show
+from rarefy.probes.report import write_report
+
+
+@app.command(epilog="Example:  rarefy report half")
+def report(folder: Annotated[str, typer.Argument(help="A folder that prune or optimize wrote.")], as_json: Json = False) -> None:
+    """One self-contained page about a pruned folder, written into it."""
+    record = {"report": str(write_report(folder))}
+    show(record, as_json, lambda r: line(r["report"]))

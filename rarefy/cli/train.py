@@ -1,0 +1,43 @@
+"""`rarefy train`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from rarefy.cli import names
+from rarefy.cli.arguments import Json, Seed
+from rarefy.cli.main import app
+from rarefy.cli.output import bars, line, show, table
+from rarefy.cli.prune import check_density
+from rarefy.core.discover import pick, recipes
+from rarefy.core.records import TrainRecipe
+from rarefy.core.roles import Task
+from rarefy.weights.train import train as train_task
+
+
+@app.command(epilog="Examples:  rarefy train digits --recipe gradual-magnitude --density 0.1   ·   rarefy train digits --recipe rigl --checkpoints run1")
+def train(
+    task: Annotated[str, typer.Argument(help="See `rarefy methods`.")],
+    recipe: Annotated[str, typer.Option(help="A training recipe; see `rarefy methods`.")] = "rigl",
+    density: Annotated[float, typer.Option(help="Fraction of the weights that is kept at the end.")] = 0.1,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 300,
+    seed: Seed = 0,
+    checkpoints: Annotated[str | None, typer.Option(help="A folder: saves as it goes, resumes, and holds the result.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a small task sparse, from scratch."""
+    chosen = pick(recipes(TrainRecipe), recipe, "training recipe")
+    check_density(density)
+    with bars(as_json) as progress:
+        record = train_task(
+            names.part(Task, task), chosen, density=density, steps=steps, seed=seed, checkpoint_dir=checkpoints, progress=lambda done, total: progress(done, total, f"train {task}")
+        )
+    show(record, as_json, _draw)
+
+
+def _draw(record: dict[str, Any]) -> None:
+    table(record["sites"], ["key", "shape", "nnz"], f"{record['recipe']} on {record['task']}")
+    metrics = ", ".join(f"{k} {v:.4g}" for k, v in record["metric"].items())
+    line(f"density {record['density']:.4g} of {record['density_requested']:.4g} asked; {metrics}")

@@ -1,0 +1,88 @@
+"""A folder appears whole under its name or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rarefy.core.errors import Refused
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def check_target(out: Path, *, force: bool) -> None:
+    """Refused where writing to `out` would lose something: a file, a folder with content (without `force`), a folder that is no model.
+
+    `force` replaces a model folder (one with a config.json), never an arbitrary one.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise Refused(f"{out} is a file", "a model is written to a folder", "name another folder")
+    if not any(out.iterdir()):
+        return
+    if not force:
+        raise Refused(f"{out} exists and is not empty", "nothing is overwritten unasked", "name another folder or pass --force")
+    if not (out / "config.json").is_file():
+        raise Refused(f"{out} holds no config.json", "--force replaces only a model folder", "name another folder")
+
+
+@contextmanager
+def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `out`; on success it becomes `out`, on any error it is removed and `out` is as before.
+
+    Raises Refused as `check_target` does, and where the disk is full.
+    """
+    check_target(out, force=force)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
+    except OSError as error:
+        raise Refused(f"{out} cannot be written", str(error.strerror), "name a folder you may write to") from error
+    try:
+        yield draft
+        _sync(draft)
+        draft.chmod(0o777 & ~_umask())
+        _swap(draft, out)
+    except BaseException as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        if _is_full(error):
+            raise Refused(f"{out} was not written", "the disk is full", "free some space; nothing was left behind") from error
+        raise
+
+
+def _is_full(error: BaseException) -> bool:
+    # safetensors wraps the operating system's error in its own, the number only in the text.
+    return getattr(error, "errno", None) in _FULL or "No space left" in str(error)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def _swap(draft: Path, out: Path) -> None:
+    if not out.exists() or not any(out.iterdir()):
+        os.rename(draft, out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+    os.rename(out, old)
+    try:
+        os.rename(draft, out)
+    except OSError:
+        os.rename(old, out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
