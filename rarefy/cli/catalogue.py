@@ -13,8 +13,7 @@ from rarefy.cli.main import app
 from rarefy.cli.output import line, megabytes, show, table
 from rarefy.core import roles
 from rarefy.core.discover import methods as discovered
-from rarefy.core.discover import recipes
-from rarefy.core.records import Recipe, TrainRecipe
+from rarefy.core.discover import recipes, train_recipes
 from rarefy.hub.cache import cache_dir, clear_cache, list_cache
 
 ROLES = (roles.Criterion, roles.Allocation, roles.Pattern, roles.Solver, roles.Statistic, roles.Schedule, roles.Rewiring, roles.Task)
@@ -46,9 +45,9 @@ def methods(as_json: Json = False) -> None:
     """Every part and recipe by name: what the other verbs accept."""
     rows = [{"role": role.__name__.lower(), "name": name, "what": (kind.__doc__ or "").split("\n")[0]} for role in ROLES for name, kind in discovered(role).items()]
     rows += [
-        {"role": "recipe", "name": name, "what": f"{type(r.solver).__name__}, {type(r.allocation).__name__}, {type(r.pattern).__name__}"} for name, r in recipes(Recipe).items()
+        {"role": "recipe", "name": name, "what": f"{type(r.solver).__name__}, {type(r.allocation).__name__}, {type(r.pattern).__name__}"} for name, r in recipes().items()
     ]
-    rows += [{"role": "training recipe", "name": name, "what": r.paper.title if r.paper else ""} for name, r in recipes(TrainRecipe).items()]
+    rows += [{"role": "training recipe", "name": name, "what": r.paper.title if r.paper else ""} for name, r in train_recipes().items()]
     show(rows, as_json, lambda found: table(found, ["role", "name", "what"]))
 
 
@@ -58,4 +57,9 @@ def cache(clear: Annotated[bool, typer.Option("--clear", help="Remove every entr
     freed = clear_cache() if clear else 0
     rows = [{"name": c.name, "bytes": c.bytes} for c in list_cache()]
     record = {"folder": str(cache_dir()), "entries": rows, "freed_bytes": freed}
-    show(record, as_json, lambda r: (table(r["entries"], ["name", "bytes"], r["folder"]), line(f"freed {megabytes(r['freed_bytes'])}") if clear else None))
+    show(record, as_json, _draw_cache)
+
+
+def _draw_cache(record: dict[str, Any]) -> None:
+    table(record["entries"], ["name", "bytes"], record["folder"])
+    line(f"freed {megabytes(record['freed_bytes'])}")

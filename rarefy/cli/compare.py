@@ -78,8 +78,7 @@ def measure(loaded: Loaded, batches: list[dict[str, Tensor]], chosen: Sequence[t
         | {n for r in fresh if "scores" in asks(r.allocation.counts) and hasattr(r.solver, "criterion") for n in asks(r.solver.criterion.scores)}
     )
     stats = collect_all(loaded.model, batches, find_sites(loaded.model), [statistic(n) for n in sorted(wanted)], progress=progress) if fresh else {}
-    kept = {"known": book.get, "done": book.put} if book else {}
-    return run(loaded.model, chosen, lambda m: evaluate(m, ids), statistics=stats, seed=seed, progress=progress, **kept)
+    return run(loaded.model, chosen, lambda m: evaluate(m, ids), statistics=stats, seed=seed, progress=progress, book=book)
 
 
 def scorer(loaded: Loaded) -> Callable[[nn.Module, Tensor], Tensor]:

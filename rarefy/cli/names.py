@@ -48,7 +48,7 @@ def recipe(name: str, *, criterion: str | None = None, allocation: str | None = 
     >>> recipe("wanda", pattern="2:4").pattern
     NM(n=2, m=4)
     """
-    found = pick(recipes(), name, "recipe")
+    found: Recipe = pick(recipes(), name, "recipe")
     changes: dict[str, Any] = {}
     if criterion is not None:
         changes["solver"] = Keep(part(Criterion, criterion))

@@ -11,8 +11,7 @@ from rarefy.cli.arguments import Json, Seed
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, line, show, table
 from rarefy.cli.prune import check_density
-from rarefy.core.discover import pick, recipes
-from rarefy.core.records import TrainRecipe
+from rarefy.core.discover import pick, train_recipes
 from rarefy.core.roles import Task
 from rarefy.weights.train import train as train_task
 
@@ -28,7 +27,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a small task sparse, from scratch."""
-    chosen = pick(recipes(TrainRecipe), recipe, "training recipe")
+    chosen = pick(train_recipes(), recipe, "training recipe")
     check_density(density)
     with bars(as_json) as progress:
         record = train_task(

@@ -17,6 +17,7 @@ from rarefy.core.errors import BadInput, MissingExtra
 from rarefy.core.records import Recipe, TrainRecipe
 
 T = TypeVar("T")
+V = TypeVar("V", Recipe, TrainRecipe)
 ENTRY_POINT_GROUP = "rarefy.plugins"
 ROOMS = ("layouts", "weights", "experts", "activations", "surgery", "runtime", "recipes", "tasks", "probes")
 _plugins: list[ModuleType] = []
@@ -73,8 +74,17 @@ def methods(role: type[T]) -> dict[str, type[T]]:
     return dict(sorted(found.items()))
 
 
-def recipes(kind: type[T] = Recipe) -> dict[str, T]:
-    """{name: value} of every Recipe (or TrainRecipe) that a module defines."""
+def recipes() -> dict[str, Recipe]:
+    """{name: value} of every once-recipe that a module defines."""
+    return _values(Recipe)
+
+
+def train_recipes() -> dict[str, TrainRecipe]:
+    """{name: value} of every training recipe that a module defines."""
+    return _values(TrainRecipe)
+
+
+def _values(kind: type[V]) -> dict[str, V]:
     found = {v.name: v for m in (*modules(), *_plugins) for v in vars(m).values() if isinstance(v, kind)}
     return dict(sorted(found.items()))
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rarefy.core.collect import Stats
+from rarefy.core.journal import Journal
 from rarefy.core.records import Recipe
 from rarefy.core.search import trial
 from rarefy.weights.optimize import relative_loss
@@ -22,15 +23,14 @@ def compare(
     statistics: Stats,
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
-    known: Callable[[str], dict[str, Any] | None] = lambda key: None,
-    done: Callable[[str, dict[str, Any]], None] = lambda key, row: None,
+    book: Journal | None = None,
 ) -> dict[str, Any]:
     """Prune the model by each (recipe, density), measure, and undo exactly.
 
     Args:
         evaluate: model -> nats per held-out token [N].
         statistics: dense statistics for every recipe (`collect_all`).
-        known, done: look up and keep finished rows by key, so that a second run repeats nothing.
+        book: finished rows by key, so that a second run repeats nothing.
 
     Returns:
         {rows: [{method, pattern, density, seed, metric, value, relative, interval, bytes, bitmask_bytes, error}], summary};
@@ -43,16 +43,13 @@ def compare(
     rows: list[dict[str, Any]] = [{**head, "relative": 0.0, "interval": [0.0, 0.0], "bytes": size, "bitmask_bytes": size, "error": 0.0}]
     for number, (recipe, density) in enumerate(recipes):
         key = f"{recipe.name}|{recipe.pattern}|{density}|{seed}"
-        row = known(key)
-        if row is None:
-            if progress:
-                progress(number, len(recipes), f"{recipe.name} at {density:g}")
-            row = _row(model, recipe, density, evaluate, dense, statistics, size, seed)
-            done(key, row)
-            row = {**row, "reused": False}
-        else:
-            row = {**row, "reused": True}
-        rows.append(row)
+        known = book.get(key) if book else None
+        if progress:
+            progress(number, len(recipes), f"{recipe.name} at {density:g}")
+        row = known or _row(model, recipe, density, evaluate, dense, statistics, size, seed)
+        if known is None and book:
+            book.put(key, row)
+        rows.append({**row, "reused": known is not None})
     best = min(rows[1:], key=lambda r: r["value"], default=rows[0])
     return {"rows": rows, "summary": {"tokens": int(dense.numel()), "best": best["method"], "best_value": best["value"], "dense_value": rows[0]["value"]}}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def optimize(
     for recipe in recipes:
         if best[0] - lowest <= tolerance:
             break
-        density = Bisect(lowest, best[0], tolerance)(lambda d, r=recipe: tries.good(r, d))
+        density = Bisect(lowest, best[0], tolerance)(partial(tries.good, recipe))
         if density < best[0]:
             best = (density, recipe)
     density, chosen = best

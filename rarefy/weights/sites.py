@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -51,7 +52,7 @@ def find_sites(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[
     return kept
 
 
-def _sites_of(path: str, module: nn.Module) -> Iterator[Site]:
+def _sites_of(path: str, module: Any) -> Iterator[Site]:
     prefix = f"{path}." if path else ""
     for kind, axes in _CONV_AXES.items():
         if type(module) is kind:
@@ -72,7 +73,7 @@ def _permuted(tensor: Tensor, axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(tensor.shape[a] for a in axes)
 
 
-def _spared_tensors(model: nn.Module) -> set[int]:
+def _spared_tensors(model: Any) -> set[int]:
     """Heads and embeddings of a language model, and expert routers: not pruned unless asked."""
     if not hasattr(model, "get_input_embeddings"):
         return set()
