@@ -59,7 +59,7 @@ def write_gguf(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     writer.add_vocab_size(words)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([chr(33 + i) for i in range(words)])
+    writer.add_token_list([*(chr(33 + i) for i in range(words - 1)), '!"'])  # the last is what the merge makes
     writer.add_token_types([1] * words)
     writer.add_token_merges(['! "'])
     writer.add_bos_token_id(0)
@@ -211,6 +211,12 @@ def test_cache_folder_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert cache.cache_dir() == Path("/xdg/rarefy")
 
 
+def fill_the_disk(out: Path) -> None:
+    with atomic_folder(out, force=True) as draft:
+        (draft / "config.json").write_text("2")
+        raise OSError(28, "No space left on device")
+
+
 def test_atomic_folder(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     with atomic_folder(out) as draft:
@@ -218,9 +224,8 @@ def test_atomic_folder(tmp_path: Path) -> None:
         assert not out.exists()
     with pytest.raises(Refused, match="--force"), atomic_folder(out):
         pass
-    with pytest.raises(Refused, match="disk is full"), atomic_folder(out, force=True) as draft:
-        (draft / "config.json").write_text("2")
-        raise OSError(28, "No space left on device")
+    with pytest.raises(Refused, match="disk is full"):
+        fill_the_disk(out)
     assert (out / "config.json").read_text() == "1"
     with atomic_folder(out, force=True) as draft:
         (draft / "config.json").write_text("3")
