@@ -8,15 +8,14 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH  := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: install demo test check types docs catalogue replicate clean
+.PHONY: install demo test check docs catalogue clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt requirements-demo.txt CMakeLists.txt
+$(STAMP): pyproject.toml constraints.txt requirements-demo.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q $(TORCH)+cpu --no-deps --retries 0 --timeout 20 --index-url $(TORCH_INDEX) 2>/dev/null || $(PIP) install -q $(TORCH)
-	$(PIP) install -q -c constraints.txt scikit-build-core nanobind ninja
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[hub,plot,tasks,dev]'
+	$(PIP) install -q -c constraints.txt -e '.[hub,tasks,dev]'
 	$(PIP) install -q --no-deps -r requirements-demo.txt
 	touch $@
 
@@ -38,9 +37,6 @@ docs: install
 catalogue: install
 	$(BIN)/python -m pytest -m evidence --record-evidence
 	$(BIN)/rarefy catalogue --write
-
-replicate: install
-	for script in replications/*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache

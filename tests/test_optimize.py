@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from rarefy.core.errors import BadInput
 from rarefy.core.search import Bisect, trial
+from rarefy.weights.criteria.magnitude import MAGNITUDE
+from rarefy.weights.criteria.wanda import WANDA
 from rarefy.weights.optimize import optimize, relative_loss
-from rarefy.weights.solvers.keep import MAGNITUDE, WANDA
 
 X, Y = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 8
 

@@ -44,9 +44,7 @@ def _draw(rows: list[dict[str, Any]]) -> None:
 def methods(as_json: Json = False) -> None:
     """Every part and recipe by name: what the other verbs accept."""
     rows = [{"role": role.__name__.lower(), "name": name, "what": (kind.__doc__ or "").split("\n")[0]} for role in ROLES for name, kind in discovered(role).items()]
-    rows += [
-        {"role": "recipe", "name": name, "what": f"{type(r.solver).__name__}, {type(r.allocation).__name__}, {type(r.pattern).__name__}"} for name, r in recipes().items()
-    ]
+    rows += [{"role": "recipe", "name": name, "what": f"{type(r.solver).__name__}, {type(r.allocation).__name__}, {type(r.pattern).__name__}"} for name, r in recipes().items()]
     rows += [{"role": "training recipe", "name": name, "what": r.paper.title if r.paper else ""} for name, r in train_recipes().items()]
     show(rows, as_json, lambda found: table(found, ["role", "name", "what"]))
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Json, Model, Seed, Text, Tokens
+from rarefy.cli.loading import load
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, show, table
 from rarefy.cli.prune import check_density, need_tokenizer, to_device, versions
@@ -20,7 +21,7 @@ from rarefy.core.collect import collect_all
 from rarefy.core.journal import Journal
 from rarefy.core.records import Recipe
 from rarefy.core.roles import asks
-from rarefy.hub.load import Loaded, load
+from rarefy.hub.load import Loaded
 from rarefy.hub.text import calibration_batches, heldout_ids
 from rarefy.probes.compare import compare as run
 from rarefy.probes.perplexity import token_nll

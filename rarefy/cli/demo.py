@@ -10,10 +10,10 @@ import typer
 from rarefy.cli import optimize as optimizing
 from rarefy.cli.arguments import CalibrationTokens, Tokens
 from rarefy.cli.compare import COLUMNS, candidates, measure
+from rarefy.cli.loading import load
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, line, megabytes, table
 from rarefy.hub.demo import MODEL
-from rarefy.hub.load import load
 from rarefy.hub.text import calibration_batches, heldout_ids
 from rarefy.probes.report import write_report
 
@@ -23,7 +23,7 @@ def demo(
     out: Annotated[str, typer.Option(help="Where the sparse model, the report and the finished rows go.")] = "out/demo",
     max_loss: Annotated[str, typer.Option(help="Budget of the search.")] = "5%",
     calibration_tokens: CalibrationTokens = 8192,
-    tokens: Tokens = 16384,
+    tokens: Tokens = 4096,
 ) -> None:
     """Make the embedded 135M language model sparse within 5% of its perplexity, then compare methods."""
     folder = Path(out)
@@ -46,7 +46,5 @@ def _search(folder: Path, max_loss: str, calibration_tokens: int, tokens: int) -
     from rarefy.cli.names import share
 
     with bars() as progress:
-        record = optimizing.run(
-            load("demo"), share(max_loss), ["sparsegpt"], ["default", "global"], None, calibration_tokens, None, tokens, "cpu", 0, str(folder / "model"), False, progress
-        )
+        record = optimizing.run(load("demo"), share(max_loss), ["sparsegpt"], ["default"], None, calibration_tokens, None, tokens, "cpu", 0, str(folder / "model"), False, progress)
     optimizing.draw({**record, "out": str(folder / "model")})

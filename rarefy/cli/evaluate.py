@@ -7,10 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from rarefy.cli.arguments import Device, Json, Model, Text, Tokens
+from rarefy.cli.loading import load
 from rarefy.cli.main import app
 from rarefy.cli.output import line, show
 from rarefy.cli.prune import need_tokenizer
-from rarefy.hub.load import load
 from rarefy.hub.text import heldout_ids
 from rarefy.probes.perplexity import perplexity
 

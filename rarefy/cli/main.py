@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from typing import Annotated, Any
 
@@ -37,8 +36,6 @@ def options(
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit code is returned by the console script."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries below us, too, are quiet in a pipe
     import rarefy.cli.verbs
 
     assert rarefy.cli.verbs is not None

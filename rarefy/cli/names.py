@@ -1,4 +1,4 @@
-"""Text to parts: `owl`, `owl:spread=0.1`, `5%`."""
+"""Text to parts: `wanda`, `outlier-share:spread=0.1`, `5%`."""
 
 from __future__ import annotations
 

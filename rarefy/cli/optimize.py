@@ -12,12 +12,13 @@ import typer
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed, Text, Tokens
 from rarefy.cli.compare import scorer
+from rarefy.cli.loading import load
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, line, show, table
 from rarefy.cli.prune import need_tokenizer, to_device, versions
 from rarefy.hub.atomic import check_target
 from rarefy.hub.export import save_dense
-from rarefy.hub.load import Loaded, load
+from rarefy.hub.load import Loaded
 from rarefy.hub.text import calibration_batches, heldout_ids
 from rarefy.weights.optimize import optimize as search
 

@@ -11,12 +11,12 @@ import typer
 
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed
+from rarefy.cli.loading import load
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, line, show, table, text
 from rarefy.core.errors import BadInput
 from rarefy.hub.atomic import check_target
 from rarefy.hub.export import save_dense
-from rarefy.hub.load import load
 from rarefy.hub.text import calibration_batches
 from rarefy.weights.prune import prune as prune_model
 
@@ -31,7 +31,7 @@ def prune(
     density: Annotated[float, typer.Option(help="Fraction of the weights that is kept.")] = 0.5,
     pattern: Annotated[str | None, typer.Option(help="matrix, row, 2:4, block:4x1, rows, columns; default: the recipe's.")] = None,
     criterion: Annotated[str | None, typer.Option(help="Replace the recipe's solver by keeping what this criterion rates best.")] = None,
-    allocation: Annotated[str | None, typer.Option(help="Replace the recipe's allocation, e.g. owl:spread=0.1.")] = None,
+    allocation: Annotated[str | None, typer.Option(help="Replace the recipe's allocation, e.g. outlier-share:spread=0.1.")] = None,
     include: Annotated[list[str] | None, typer.Option(help="Only modules that match this glob; may be repeated.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="No modules that match this glob; may be repeated.")] = None,
     mode: Annotated[str, typer.Option(help="cascade or parallel statistics.")] = "cascade",

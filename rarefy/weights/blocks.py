@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def _is_chain(model: nn.Module, batch: Any, blocks: list[nn.Module]) -> bool:
         for hook in hooks:
             hook.remove()
     in_order = [i for i, _, _ in seen] == list(range(len(blocks)))
-    return in_order and all(isinstance(b[1], Tensor) and b[1] is a[2] for a, b in zip(seen, seen[1:], strict=False))
+    return in_order and all(isinstance(b[1], Tensor) and b[1] is a[2] for a, b in pairwise(seen))
 
 
 def capture(model: nn.Module, chain: Sequence[tuple[str, nn.Module]], batches: Sequence[Any]) -> list[Calls]:

@@ -73,7 +73,7 @@ def prune(
             mode, pruned up to the block that is named.
 
     >>> torch.manual_seed(0) and None
-    >>> from rarefy.weights.solvers.keep import MAGNITUDE
+    >>> from rarefy.weights.criteria.magnitude import MAGNITUDE
     >>> layer = nn.Linear(4, 2)
     >>> prune(layer, [], MAGNITUDE, density=0.5)["density"], int((layer.weight != 0).sum())
     (0.5, 4)
@@ -232,7 +232,7 @@ class _Flow:
             "density": kept / site.numel,
             "error_mask_only": relative_error(weight, torch.where(pruned.mask, weight, 0.0), hessian),
             "error": relative_error(weight, pruned.weight.float(), hessian),
-            **dict(pruned.notes),
+            **({"notes": dict(pruned.notes)} if pruned.notes else {}),
         }
 
 

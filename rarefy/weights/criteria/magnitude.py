@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
-from rarefy.core.records import Paper
+from rarefy.core.records import Paper, Recipe
 from rarefy.core.roles import Criterion
+from rarefy.weights.allocations.uniform import Uniform
+from rarefy.weights.patterns.unstructured import PerMatrix
+from rarefy.weights.solvers.keep import Keep
 
 
 @dataclass(frozen=True)
@@ -30,3 +33,6 @@ class Magnitude(Criterion):
 
     def scores(self, weight: Tensor, *, generator: Generator | None = None) -> Tensor:
         return weight.detach().abs().float()
+
+
+MAGNITUDE = Recipe("magnitude", Keep(Magnitude()), Uniform(), PerMatrix())

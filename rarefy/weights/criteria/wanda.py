@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
-from rarefy.core.records import Paper
+from rarefy.core.records import Paper, Recipe
 from rarefy.core.roles import Criterion
+from rarefy.weights.allocations.uniform import Uniform
+from rarefy.weights.patterns.unstructured import PerRow
+from rarefy.weights.solvers.keep import Keep
 
 
 @dataclass(frozen=True)
@@ -32,3 +35,6 @@ class Wanda(Criterion):
 
     def scores(self, weight: Tensor, *, generator: Generator | None = None, input_norm: Tensor) -> Tensor:
         return weight.detach().abs().float() * input_norm.float().reshape(weight.shape[1:])
+
+
+WANDA = Recipe("wanda", Keep(Wanda()), Uniform(), PerRow())

@@ -9,12 +9,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from rarefy.core.records import Pruned, Recipe
+from rarefy.core.records import Pruned
 from rarefy.core.roles import Criterion, Pattern, Solver, asks
-from rarefy.weights.allocations.uniform import Uniform
-from rarefy.weights.criteria.magnitude import Magnitude
-from rarefy.weights.criteria.wanda import Wanda
-from rarefy.weights.patterns.unstructured import PerMatrix, PerRow
 
 
 @dataclass(frozen=True)
@@ -23,6 +19,8 @@ class Keep(Solver):
 
     ``mask = pattern(criterion(w)), w' = w * mask``
 
+    >>> from rarefy.weights.criteria.magnitude import Magnitude
+    >>> from rarefy.weights.patterns.unstructured import PerMatrix
     >>> w = {"a": torch.tensor([[1., -3.]])}
     >>> Keep(Magnitude()).solve(w, {"a": 1}, stats={}, pattern=PerMatrix())["a"].weight.tolist()
     [[0.0, -3.0]]
@@ -33,7 +31,9 @@ class Keep(Solver):
 
     @classmethod
     def examples(cls) -> tuple[Any, ...]:
-        return (cls(Magnitude()), cls(Wanda()))
+        from rarefy.core.discover import methods
+
+        return tuple(cls(e) for kind in methods(Criterion).values() for e in kind.examples())
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -56,7 +56,3 @@ class Keep(Solver):
             # where, not a product: a NaN or -0.0 must not survive in a pruned place.
             pruned[name] = Pruned(torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device)), mask)
         return pruned
-
-
-MAGNITUDE = Recipe("magnitude", Keep(Magnitude()), Uniform(), PerMatrix())
-WANDA = Recipe("wanda", Keep(Wanda()), Uniform(), PerRow())

@@ -116,8 +116,8 @@ class SparseGPT(Solver):
             if float(_errors(w_OC * ~simple, h_CC).sum()) < float(best[1].sum()):
                 new, mask = swept(simple)
                 best, how = _better_rows(w_OC, new, mask, h_CC), label
-        new, error, error_mask_only, kept_rows = best
-        notes = {"damping": used, "mask": how, "error": float(error.sum()), "error_mask_only": float(error_mask_only.sum()), "rows_not_updated": kept_rows}
+        new, _, _, kept_rows = best
+        notes = {"damping": used, "mask": how, "rows_not_updated": kept_rows}
         return Pruned(new.to(weight.dtype).view(weight.shape), mask.view(weight.shape), notes=notes)
 
     def _factor(self, hessian: Tensor) -> tuple[Tensor, float]:

@@ -1,0 +1,185 @@
+"""The command line as a user meets it, on a tiny model folder: tables and JSON, refusals without a traceback, plug-ins."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from rarefy.cli.main import main
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Llama with a word-level tokenizer, as a folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("tiny")
+    words = {w: i for i, w in enumerate(["<s>", "<unk>", *(chr(c) for c in range(97, 123))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "text.txt").write_text("sparse networks choose what to keep " * 400)
+    return str(folder)
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    code = main(list(argv))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def prune_json(capsys: pytest.CaptureFixture[str], tiny: str, out: Path, *more: str) -> dict[str, Any]:
+    code, text, err = run(capsys, "prune", tiny, "--out", str(out), "--calibration", f"{tiny}/text.txt", "--calibration-tokens", "2048", "--json", *more)
+    assert code == 0, err
+    return json.loads(text)
+
+
+@pytest.mark.parametrize(("recipe", "pattern"), [("magnitude", None), ("wanda", "2:4"), ("sparsegpt", None), ("owl", None)])
+def test_prune_writes_exact_zeros_that_plain_transformers_loads(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path, recipe: str, pattern: str | None) -> None:
+    record = prune_json(capsys, tiny, tmp_path / "out", "--recipe", recipe, "--density", "0.5", *(["--pattern", pattern] if pattern else []))
+    assert set(record) >= {"model", "recipe", "pattern", "density_requested", "density", "sites", "out"}
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as saved:
+        for site in record["sites"]:
+            assert set(site) >= {"name", "shape", "kept", "density", "error_mask_only", "error"}
+            weight = saved.get_tensor(site["name"])
+            assert int((weight != 0).sum()) == site["kept"]
+            assert 0 <= site["error"] <= site["error_mask_only"] + 1e-6
+    assert sum(s["kept"] for s in record["sites"]) == round(0.5 * sum(s["kept"] / s["density"] for s in record["sites"]))
+    script = "import sys, transformers as t; m = t.AutoModelForCausalLM.from_pretrained(sys.argv[1]); print(int((m.model.layers[0].mlp.up_proj.weight == 0).sum()))"
+    if recipe == "magnitude":
+        zeros = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True, check=True).stdout
+        assert int(zeros) == next(round(s["kept"] / s["density"]) - s["kept"] for s in record["sites"] if "layers.0.mlp.up" in s["name"])
+
+
+def test_two_runs_give_the_same_bytes(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        prune_json(capsys, tiny, tmp_path / name, "--recipe", "random-pruning", "--density", "0.3")
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_eval_report_generate_and_compare_on_what_prune_wrote(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    out = tmp_path / "half"
+    prune_json(capsys, tiny, out, "--recipe", "wanda")
+    code, text, _ = run(capsys, "eval", str(out), "--text", f"{tiny}/text.txt", "--tokens", "2048", "--json")
+    record = json.loads(text)
+    assert code == 0
+    assert set(record) >= {"model", "perplexity", "interval", "tokens", "window", "stride", "bos", "dtype"}
+    assert record["interval"][0] <= record["perplexity"] <= record["interval"][1]
+    assert run(capsys, "report", str(out))[0] == 0
+    page = (out / "report.html").read_text()
+    assert "lang=en" in page
+    assert "model.layers.0.mlp.up_proj.weight" in page
+    assert "http" not in page.replace("http-equiv", "")
+    code, text, _ = run(capsys, "generate", str(out), "--prompt", "sparse", "--tokens", "4", "--runs", "1", "--json")
+    record = json.loads(text)
+    assert code == 0
+    assert set(record) >= {"model", "engine", "text", "tokens", "prefill_tokens_per_s", "decode_tokens_per_s", "model_bytes", "rss_bytes"}
+    arguments = ("compare", tiny, "--recipes", "magnitude,sparsegpt", "--patterns", "default,2:4", "--calibration", f"{tiny}/text.txt", "--calibration-tokens", "2048")
+    arguments = (*arguments, "--text", f"{tiny}/text.txt", "--tokens", "1024", "--journal", str(tmp_path / "rows.json"), "--json")
+    first, again = (json.loads(run(capsys, *arguments)[1]) for _ in range(2))
+    assert [r["method"] for r in first["rows"]] == ["dense", "magnitude", "sparsegpt", "magnitude", "sparsegpt"]
+    assert [r.get("reused") for r in again["rows"]] == [None, True, True, True, True]
+    assert [r["value"] for r in first["rows"]] == [r["value"] for r in again["rows"]]
+    assert {"rows", "summary"} == set(first)
+
+
+def test_optimize_stays_within_its_budget(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    arguments = ("optimize", tiny, "--max-loss", "1%", "--out", str(tmp_path / "o"), "--calibration", f"{tiny}/text.txt", "--calibration-tokens", "2048")
+    code, text, err = run(capsys, *arguments, "--text", f"{tiny}/text.txt", "--tokens", "2048", "--json")
+    record = json.loads(text)
+    assert code == 0, err
+    assert set(record) >= {"max_loss", "loss", "interval", "chosen", "tried"}
+    assert record["chosen"] is not None
+    assert record["loss"] <= 0.01
+    assert (tmp_path / "o" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("prune", "TINY", "--recipe", "no-such", "--out", "OUT"), "recipe 'no-such': known are"),
+        (("prune", "TINY", "--density", "1.5", "--out", "OUT"), "density 1.5: a density is the fraction"),
+        (("prune", "TINY", "--pattern", "3:2", "--out", "OUT"), "pattern"),
+        (("prune", "TINY", "--allocation", "outlier-share:colour=3", "--out", "OUT"), "not colour"),
+        (("prune", "TINY", "--out", "TINY"), "is not empty"),
+        (("prune", "/no/such/model", "--out", "OUT"), "/no/such/model"),
+        (("prune", "TINY", "--calibration", "/no/text", "--out", "OUT"), "text /no/text: it cannot be read"),
+        (("eval", "TINY", "--text", "TINY/text.txt", "--tokens", "9999999"), "are needed"),
+        (("report", "TINY"), "has no prune.json"),
+        (("optimize", "TINY", "--max-loss", "lots", "--out", "OUT"), "a share is a number"),
+        (("train", "digits", "--recipe", "none-such"), "training recipe 'none-such': known are"),
+        (("--plugin", "/no/plugin.py", "methods"), "a plug-in is a Python file that exists"),
+        (("prune",), "Missing argument"),
+    ],
+)
+def test_every_refusal_is_one_line_without_a_traceback(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path, argv: tuple[str, ...], message: str) -> None:
+    out = tmp_path / "refused"
+    code, _, err = run(capsys, *(a.replace("TINY", tiny).replace("OUT", str(out)) for a in argv))
+    assert code != 0
+    assert message in err
+    assert err.startswith("error: ")
+    assert len(err.strip().splitlines()) == 1
+    assert "Traceback" not in err
+    assert not out.exists()
+
+
+def test_a_truncated_checkpoint_is_one_sentence(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    import shutil
+
+    broken = shutil.copytree(tiny, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, _, err = run(capsys, "eval", str(broken), "--text", f"{tiny}/text.txt", "--tokens", "512")
+    assert code == 3
+    assert err.startswith("error: ")
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_plug_in_criterion_reaches_the_command_line(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        '"""A plug-in."""\nfrom dataclasses import dataclass\nfrom rarefy.core.roles import Criterion\n\n\n@dataclass(frozen=True)\nclass Fourth(Criterion):\n'
+        '    """Fourth power."""\n\n    name = "fourth"\n\n    def scores(self, weight, *, generator=None):\n        return weight.float() ** 4\n'
+    )
+    code, text, _ = run(capsys, "--plugin", str(plugin), "methods", "--json")
+    assert code == 0
+    assert {"role": "criterion", "name": "fourth", "what": "Fourth power."} in json.loads(text)
+    mine = prune_json(capsys, tiny, tmp_path / "m", "--recipe", "magnitude", "--criterion", "fourth")
+    theirs = prune_json(capsys, tiny, tmp_path / "t", "--recipe", "magnitude")
+    assert [s["kept"] for s in mine["sites"]] == [s["kept"] for s in theirs["sites"]]
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == (tmp_path / "t" / "model.safetensors").read_bytes()
+
+
+def test_train_resumes_and_the_catalogue_has_172_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    code, text, err = run(capsys, "train", "digits", "--recipe", "gradual-magnitude", "--density", "0.2", "--steps", "20", "--checkpoints", str(tmp_path / "run"), "--json")
+    assert code == 0, err
+    assert json.loads(text)["density"] == pytest.approx(0.2, abs=1e-3)
+    code, text, _ = run(capsys, "catalogue", "--json")
+    rows = json.loads(text)
+    assert len(rows) == 172
+    assert all(set(r) == {"id", "slug", "title", "field", "status", "objects", "composition", "evidence", "deviations"} for r in rows)
+    working = {r["slug"] for r in rows if r["status"] == "working"}
+    assert working >= {"lamp", "global-mp", "random-pruning", "gradual-magnitude"}
+    assert all(r["evidence"]["level"] >= 2 for r in rows if r["status"] == "working")
+
+
+def test_help_has_an_example_for_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("prune", "optimize", "eval", "generate", "compare", "report", "train", "catalogue", "methods", "cache"):
+        code, text, _ = run(capsys, verb, "--help")
+        assert code == 0
+        assert f"rarefy {verb}" in " ".join(text.split()), verb

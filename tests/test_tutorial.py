@@ -1,0 +1,35 @@
+"""The tutorial runs: its commands on a tiny model, its Python as it stands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from rarefy.cli.main import main
+from tests.test_cli import tiny
+
+__all__ = ["tiny"]
+PAGE = (Path(__file__).parent.parent / "docs" / "first-five-minutes.md").read_text()
+
+
+def test_every_command_of_the_tutorial_runs(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+    assert len(commands) == 5
+    for command in commands:
+        argv = shlex.split(command.replace("MODEL", tiny).replace("TEXT", f"{tiny}/text.txt"))
+        assert main(argv[1:]) == 0, command
+    assert (tmp_path / "half" / "report.html").is_file()
+
+
+def test_the_python_of_the_tutorial_runs() -> None:
+    pytest.importorskip("sklearn")
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(blocks) == 2
+    scope: dict[str, object] = {}
+    for block in blocks:
+        exec(block, scope)
+    assert scope["record"]
