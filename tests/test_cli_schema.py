@@ -1,0 +1,94 @@
+"""`--json` is a public contract: what each verb prints is valid under its committed schema, and the schemas refuse what breaks it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rarefy.cli.main import main
+
+jsonschema = pytest.importorskip("jsonschema")
+transformers = pytest.importorskip("transformers")
+SCHEMAS = Path(__file__).parent.parent / "docs" / "schema"
+VERBS = ("prune", "eval", "generate", "compare", "optimize", "catalogue")
+
+
+def model_folder(folder: Path) -> str:
+    """A random Llama with a letter tokenizer and a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    letters = {w: i for i, w in enumerate(["<s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"])}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 1024}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(letters), **sizes)).save_pretrained(folder)
+    (folder / "text.txt").write_text("sparse networks choose what to keep " * 200)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """{verb: the document it prints}, every verb run once."""
+    folder = tmp_path_factory.mktemp("schema")
+    tiny = model_folder(folder / "tiny")
+    calibration, text = ["--calibration", f"{tiny}/text.txt", "--calibration-tokens", "512"], ["--text", f"{tiny}/text.txt", "--tokens", "1024"]
+    commands = {
+        "prune": [tiny, "--out", str(folder / "half"), *calibration],
+        "eval": [tiny, *text],
+        "generate": [tiny, "--prompt", "sparse", "--tokens", "3", "--runs", "1"],
+        "compare": [tiny, "--recipes", "magnitude", "--patterns", "default,2:4", *calibration, *text],
+        "optimize": [tiny, "--max-loss", "1%", "--out", str(folder / "small"), *calibration, *text],
+        "catalogue": [],
+    }
+    found = {}
+    for verb, arguments in commands.items():
+        out = StringIO()
+        with redirect_stdout(out):
+            assert main([verb, *arguments, "--json"]) == 0, verb
+        found[verb] = json.loads(out.getvalue())
+    return found
+
+
+def validator(verb: str) -> Any:
+    schema = json.loads((SCHEMAS / f"{verb}.v1.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_a_verb_prints_is_valid(printed: dict[str, Any], verb: str) -> None:
+    errors = [f"{error.json_path}: {error.message}" for error in validator(verb).iter_errors(printed[verb])]
+    assert errors == []
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_schema_refuses_a_document_with_a_promised_key_missing(printed: dict[str, Any], verb: str) -> None:
+    schema = validator(verb)
+    rows = printed[verb] if isinstance(printed[verb], list) else [printed[verb]]
+    for key in (schema.schema.get("items") or schema.schema)["required"]:
+        broken = copy.deepcopy(rows[:1])
+        del broken[0][key]
+        assert not schema.is_valid(broken if isinstance(printed[verb], list) else broken[0]), key
+
+
+def test_a_schema_refuses_wrong_values(printed: dict[str, Any]) -> None:
+    record = copy.deepcopy(printed["prune"])
+    record["sites"][0]["density"] = 1.5
+    assert not validator("prune").is_valid(record)
+    rows = copy.deepcopy(printed["catalogue"][:1])
+    rows[0]["status"] = "done"
+    assert not validator("catalogue").is_valid(rows)
+
+
+def test_prune_json_in_the_folder_is_what_was_printed(printed: dict[str, Any]) -> None:
+    saved = json.loads((Path(printed["prune"]["out"]) / "prune.json").read_text())
+    assert {k: v for k, v in printed["prune"].items() if k != "out"} == {k: v for k, v in saved.items() if k != "out"}
