@@ -18,9 +18,9 @@ STYLE = """
 @media (prefers-color-scheme:dark){:root{--ink:#e7e9ec;--paper:#15181c;--soft:#9aa1ab;--line:#343a42;--a:#63a4e8;--b:#e59a5f}}
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:60rem;margin:0 auto;padding:1.5rem}
 h1{font-size:1.6rem;line-height:1.25}h2{font-size:1.15rem;margin-top:2.2rem}p.soft,caption,figcaption{color:var(--soft)}
-figure{margin:1rem 0}svg{width:100%;height:auto}.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.85rem}
+figure{margin:1rem 0}svg{width:100%;height:10rem}.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.85rem}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}th:first-child,td:first-child{text-align:left}
-svg text{fill:var(--soft);font:11px system-ui,sans-serif}.a{fill:var(--a)}.b{fill:var(--b)}.rule{stroke:var(--line)}
+svg .a{fill:var(--a)}svg .b{fill:var(--b)}.rule{stroke:var(--line)}
 """
 
 
@@ -99,19 +99,19 @@ def _tries(found: Mapping[str, Any] | None) -> str:
 def _chart(title: str, sites: Sequence[Mapping[str, Any]], series: Sequence[tuple[str, str, str]]) -> str:
     if not sites:
         return ""
-    width, height, left = 900, 160, 34
+    width, height = 900, 160
     top = max(max(float(s[key]) for s in sites) for key, _, _ in series) or 1.0
-    step = (width - left) / len(sites)
+    step = width / len(sites)
     bars = [
-        f"<rect class={css} x={left + i * step + j * step / len(series):.2f} y={10 + height * (1 - s[key] / top):.2f} width={max(step / len(series) - 0.4, 0.6):.2f} height={height * s[key] / top:.2f}>"
+        f"<rect class={css} x={i * step + j * step / len(series):.2f} y={height * (1 - s[key] / top):.2f} width={max(step / len(series) - 0.4, 0.6):.2f} height={height * s[key] / top:.2f}>"
         f"<title>{_e(s['name'])}: {s[key]:.4g}</title></rect>"
         for i, s in enumerate(sites)
         for j, (key, css, _) in enumerate(series)
     ]
-    axis = f"<line class=rule x1={left} x2={width} y1={height + 10} y2={height + 10} /><text x=0 y=18>{top:.3g}</text><text x=0 y={height + 10}>0</text>"
+    axis = f"<line class=rule x1=0 x2={width} y1={height} y2={height} />"
     legend = "; ".join(f"<span style='color:var(--{css})'>■</span> {_e(label)}" for _, css, label in series)
     summary = "; ".join(f"{label} from {min(s[k] for s in sites):.3g} to {max(s[k] for s in sites):.3g}" for k, _, label in series)
-    return f"<h2>{_e(title)}</h2><figure><svg viewBox='0 0 {width} {height + 14}' role=img aria-label='{_e(summary)}'>{axis}{''.join(bars)}</svg><figcaption>{legend}</figcaption></figure>"
+    return f"<h2>{_e(title)}</h2><figure><svg viewBox='0 0 {width} {height}' preserveAspectRatio=none role=img aria-label='{_e(summary)}'>{axis}{''.join(bars)}</svg><figcaption>{legend}; from 0 to {top:.3g}</figcaption></figure>"
 
 
 def _cells(site: Mapping[str, Any]) -> tuple[str, ...]:
