@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "tiny"
 
 
-def write_gguf(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+def write_gguf(path: Path, merge: str = '! "', last: str = '!"') -> dict[str, np.ndarray[Any, Any]]:
     """A one-block Llama, 32 wide, as a GGUF file with a byte-level vocabulary; the tensors that it holds."""
     gguf = pytest.importorskip("gguf")
     rng, width, words = np.random.default_rng(0), 32, 64
@@ -59,9 +59,9 @@ def write_gguf(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     writer.add_vocab_size(words)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([*(chr(33 + i) for i in range(words - 1)), '!"'])  # the last is what the merge makes
+    writer.add_token_list([*(chr(33 + i) for i in range(words - 1)), last])  # the last is what the merge makes
     writer.add_token_types([1] * words)
-    writer.add_token_merges(['! "'])
+    writer.add_token_merges([merge])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     shapes = {"token_embd": (words, width), "output": (words, width), "output_norm": (width,), "blk.0.attn_norm": (width,), "blk.0.ffn_norm": (width,)}
@@ -114,6 +114,14 @@ def test_truncated_gguf_is_one_sentence_and_leaves_no_entry(tmp_path: Path) -> N
         (tmp_path / "cut.gguf").write_bytes(whole[:size])
         with pytest.raises(BadFile, match=r"cut\.gguf"):
             load(tmp_path / "cut.gguf")
+    assert cache.list_cache() == ()
+
+
+@pytest.mark.parametrize("merge", ["A B", "! #", "a b", "", '! "'])
+def test_inconsistent_vocabulary_is_one_sentence(tmp_path: Path, merge: str) -> None:
+    write_gguf(tmp_path / "odd.gguf", merge=merge, last="`")  # merges into a token that is not in the list
+    with pytest.raises(BadFile, match=r"odd\.gguf"):
+        load(tmp_path / "odd.gguf")
     assert cache.list_cache() == ()
 
 

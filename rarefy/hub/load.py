@@ -157,7 +157,9 @@ def _convert(path: Path, folder: Path) -> None:
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    except (OSError, ValueError, *_BROKEN) as error:
+    except BaseException as error:  # tokenizers raises bare Exception on an inconsistent vocabulary, or panics
+        if isinstance(error, MemoryError) or not (isinstance(error, Exception) or _is_rust_panic(error)):
+            raise
         raise BadFile(str(path), f"cannot be read as GGUF ({_first_line(error)})", "download it again") from error
     # transformers refuses to save what it loaded from GGUF although the tensors are plain float32 by now.
     model.hf_quantizer = None
@@ -166,6 +168,11 @@ def _convert(path: Path, folder: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _is_rust_panic(error: BaseException) -> bool:
+    # pyo3 exports no class to catch, and it is no Exception.
+    return type(error).__name__ == "PanicException"
 
 
 def _model(where: str, revision: str | None, task: LoadTask, dtype: torch.dtype | None, spec: str) -> Any:

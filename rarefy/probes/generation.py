@@ -27,8 +27,10 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, tokens: int = 64, runs:
         model_bytes, rss_bytes, warning}; all speeds are measured.
 
     Raises:
-        BadInput: an empty prompt, or no room for a token.
+        BadInput: an empty prompt, no room for a token, or no round.
     """
+    if runs < 1:
+        raise BadInput(f"runs is {runs}", "at least one timed round is needed", "pass for example 3")
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     room = getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + tokens
     if not ids.numel() or tokens < 1 or ids.shape[1] + tokens > room:
