@@ -90,8 +90,9 @@ def test_block_by_block_statistics_equal_those_of_the_whole_forward() -> None:
         assert torch.equal(p, q)
 
 
-def test_padding_changes_nothing() -> None:
-    model, mask = build("Llama"), torch.ones_like(IDS)
+@pytest.mark.parametrize("family", ["Llama", "OPT"])
+def test_padding_changes_nothing(family: str) -> None:
+    model, mask = build(family), torch.ones_like(IDS)
     mask[1, 6:] = 0
     noisy = IDS.clone()
     noisy[1, 6:] = 3

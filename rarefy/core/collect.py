@@ -71,6 +71,8 @@ class Collector(AbstractContextManager["Collector"]):
     def _unpadded(self, x: Tensor) -> Tensor:
         if self.valid is not None and x.shape[:2] == self.valid.shape and x.dim() == 3:
             return x[self.valid]
+        if self.valid is not None and x.dim() == 2 and x.shape[0] == self.valid.numel():
+            return x[self.valid.reshape(-1)]  # a host that flattens batch and sequence
         return x
 
     def _see(self, site: Site, tensor: Tensor, x: Tensor, rows: Callable[[Tensor], Tensor]) -> None:

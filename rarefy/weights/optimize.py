@@ -143,7 +143,7 @@ class _Tries:
         self.rows: list[dict[str, Any]] = []
 
     def good(self, recipe: Recipe, density: float) -> bool:
-        key = f"{recipe.name}|{describe(recipe.allocation)}|{describe(recipe.pattern)}|{density}"
+        key = f"{recipe.name}|{recipe.solver}|{recipe.allocation}|{recipe.pattern}|{density}"
         known = self.journal.get(key) if self.journal else None
         row = known or self._measure(recipe, density)
         if known is None and self.journal:
@@ -162,8 +162,8 @@ class _Tries:
 
 
 def _key(batches: Sequence[Any], dense_nll: Tensor, seed: int) -> str:
-    digest = hashlib.sha256(dense_nll.double().numpy().tobytes() + str(seed).encode())
+    digest = hashlib.sha256(dense_nll.double().cpu().numpy().tobytes() + str(seed).encode())
     for batch in batches:
         for value in batch.values() if isinstance(batch, Mapping) else [batch]:
-            digest.update(value.cpu().contiguous().numpy().tobytes())
+            digest.update(value.double().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

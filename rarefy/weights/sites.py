@@ -81,7 +81,7 @@ def _spared_tensors(model: Any) -> set[int]:
     owners += [m for m in model.modules() if isinstance(m, nn.Embedding)]
     for module in model.modules():
         if any(isinstance(child, nn.Module) and any(True for _ in _expert_tensors(child)) for child in module.children()):
-            owners += [c for n, c in module.named_children() if n in ("gate", "router")]
+            owners += [c for n, c in module.named_children() if n in ("gate", "router", "shared_expert_gate")]
     block_path = {id(m) for chain in model.modules() if isinstance(chain, nn.ModuleList) for m in chain.modules()}
     outside = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in block_path]
     return {id(p) for owner in (*owners, *outside) if owner is not None for p in owner.parameters()}

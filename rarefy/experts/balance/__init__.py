@@ -1,0 +1,1 @@
+"""balance: one idea per file."""

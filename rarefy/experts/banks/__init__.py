@@ -1,0 +1,1 @@
+"""banks: one idea per file."""

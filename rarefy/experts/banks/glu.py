@@ -1,0 +1,46 @@
+"""A bank of gated feed-forward experts in the layout of transformers 5."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rarefy.core.roles import Bank
+
+
+class GLU(Bank):
+    """Run expert e as ``down_e (act(gate_e x) * up_e x)``, with gate and up stacked.
+
+    gate_up_proj [E, 2I, H], down_proj [E, H, I]; rows [n, H] -> [n, H].
+
+    >>> bank = GLU(3, 4, 8)
+    >>> x = torch.ones(2, 4)
+    >>> bool(torch.allclose(bank.each(x, torch.tensor([1, 1])), bank.split()[1](x), atol=1e-6))
+    True
+    """
+
+    def __init__(self, experts: int, width: int, inner: int, act: Callable[[Tensor], Tensor] = F.silu) -> None:
+        super().__init__()
+        self.experts, self.act = experts, act
+        self.gate_up_proj = nn.Parameter(torch.randn(experts, 2 * inner, width) / width**0.5)
+        self.down_proj = nn.Parameter(torch.randn(experts, width, inner) / inner**0.5)
+
+    def _gated(self, both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, -1)
+        return self.act(gate) * up
+
+    def split(self) -> list[Callable[[Tensor], Tensor]]:
+        """One function [n, H] -> [n, H] per expert."""
+
+        def expert(first: Tensor, second: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda x: F.linear(self._gated(F.linear(x, first)), second)
+
+        return [expert(a, b) for a, b in zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)]
+
+    def each(self, x: Tensor, expert: Tensor) -> Tensor:
+        """Row n [H] through expert[n]; gathers one expert's weights per row, so for few rows only."""
+        inner = self._gated(torch.einsum("nh,noh->no", x, self.gate_up_proj[expert]))
+        return torch.einsum("ni,nhi->nh", inner, self.down_proj[expert])

@@ -1,0 +1,35 @@
+"""The mixture-of-experts layer; it reads like its flow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from rarefy.core.records import Context
+from rarefy.core.roles import Affinity, Choice, Overflow
+from rarefy.core.trace import Tap
+from rarefy.experts.banks.glu import GLU
+from rarefy.experts.dispatch import Backend, dispatch
+
+
+class MoE(nn.Module):
+    """Route rows to experts: affinity, choice, overflow, tap, dispatch.
+
+    x [..., d] -> [..., d]. The layer stores nothing: open a `Trace` around the forward for losses and counts.
+    """
+
+    def __init__(self, affinity: Affinity, choice: Choice, bank: GLU, overflow: Overflow | None = None, backend: Backend | None = None) -> None:
+        super().__init__()
+        self.affinity, self.bank, self.tap = affinity, bank, Tap()
+        self.choice, self.overflow, self.backend = choice, overflow, backend
+
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        context = replace(context or Context(), training=self.training)
+        rows = x.reshape(-1, x.shape[-1])
+        scores = self.affinity(rows, context, self.bank)
+        routing = self.choice(scores, context)  # type: ignore[operator]
+        if self.overflow is not None:
+            routing = self.overflow(routing, context)  # type: ignore[operator]
+        routing = self.tap(routing, context, rows)
+        return dispatch(rows, routing, self.bank, context, self.backend).reshape(*x.shape[:-1], -1)

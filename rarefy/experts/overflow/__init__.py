@@ -1,0 +1,1 @@
+"""overflow: one idea per file."""

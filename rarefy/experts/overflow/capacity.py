@@ -1,0 +1,50 @@
+"""Capacity: an expert takes so many rows, first come first served."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from rarefy.core.errors import BadInput
+from rarefy.core.records import Context, Routing
+from rarefy.core.roles import Overflow
+from rarefy.experts.routing import keep
+
+
+@dataclass(frozen=True)
+class Capacity(Overflow):
+    """Keep the first C assignments of each expert: ``C = ceil(factor * N / E)``; the rest go to nobody and are counted.
+
+    First choices come before second ones, then rows in order. N counts all assignments (rows times k). `evaluation` is
+    the factor outside training. Source: Fedus et al., arXiv 2101.03961, section 2.2, eq. 3.
+
+    Raises:
+        BadInput: a factor that is not positive.
+
+    >>> r = Capacity(1.0)(Routing(torch.tensor([0, 0, 0, 1]), torch.ones(4), 4, 2, k=1), Context(training=True))
+    >>> r.expert.tolist(), r.dropped.tolist()
+    ([0, 0, 2, 1], [1, 0])
+    """
+
+    name = "capacity"
+    factor: float = 1.25
+    evaluation: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not (self.factor > 0 and self.evaluation > 0):
+            raise BadInput(f"capacity factors {self.factor}, {self.evaluation}", "a capacity factor is positive", "pass for example 1.25")
+
+    def limit(self, assignments: int, experts: int, training: bool) -> int:
+        """C, exact in decimal: 1.1 * 10 / 11 is 1, not a hair more."""
+        return math.ceil(Fraction(str(self.factor if training else self.evaluation)) * assignments / experts)
+
+    def __call__(self, routing: Routing, context: Context) -> Routing:
+        first = routing.ranks().argsort(stable=True)
+        order = first[routing.expert[first].argsort(stable=True)]
+        expert = routing.expert[order]
+        place = torch.empty_like(order)
+        place[order] = torch.arange(order.numel(), device=order.device) - torch.searchsorted(expert, expert)
+        return keep(routing, place < self.limit(order.numel(), routing.experts, context.training))

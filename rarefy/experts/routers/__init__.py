@@ -1,0 +1,1 @@
+"""routers: one idea per file."""

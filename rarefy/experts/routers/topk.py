@@ -1,0 +1,33 @@
+"""Top-k: every row takes its k likeliest experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rarefy.core.records import Context, Routing, Scores
+from rarefy.core.roles import Choice
+from rarefy.experts.routing import alive, probabilities
+
+
+@dataclass(frozen=True)
+class TopK(Choice):
+    """Choose the k largest probabilities: ``w = p_i / sum_top p`` when `renormalise`, else ``w = p_i``.
+
+    Scores with logits [R, E] -> Routing of R*k assignments, row-major, first choice first.
+
+    >>> import torch
+    >>> r = TopK(2)(Scores(torch.tensor([[0.0, 0.0, -9.0]])), Context())
+    >>> sorted(r.expert.tolist()), r.weight.tolist()
+    ([0, 1], [0.5, 0.5])
+    """
+
+    name = "topk"
+    k: int = 2
+    renormalise: bool = True
+
+    def __call__(self, scores: Scores, context: Context) -> Routing:
+        p = probabilities(scores.logits, context.live)
+        weight, expert = p.topk(self.k, -1)
+        if self.renormalise:
+            weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-20)
+        return Routing(alive(expert, context.live).flatten(), weight.flatten(), p.shape[0], p.shape[1], self.k, scores=scores)

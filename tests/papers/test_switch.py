@@ -1,0 +1,114 @@
+"""Switch: the balance loss at its two extremes, its gradient, the capacity, exact zeros for the dropped, a float32 router."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from rarefy.core.records import Context, Entry, Routing, Scores
+from rarefy.core.trace import Trace
+from rarefy.experts.balance.switch_balance import LoadBalance
+from rarefy.experts.banks.glu import GLU
+from rarefy.experts.moe import MoE
+from rarefy.experts.overflow.capacity import Capacity
+from rarefy.experts.routers.linear import Linear
+from rarefy.experts.routers.switch import Switch, small_init
+from tests.evidence import check
+
+
+def entry(logits: Tensor, expert: Tensor, valid: Tensor | None = None) -> Entry:
+    scores = Scores(logits)
+    return Entry("layer", 0, None, Routing(expert, logits.new_ones(len(expert)), len(expert), logits.shape[1], 1, scores=scores), Context(valid=valid))
+
+
+def balance_holds(balance: Callable[[Entry], Tensor]) -> None:
+    """Uniform gives 1, collapse E; padding does not count; d/d logits is that of P alone."""
+    spread, one = torch.arange(8) % 4, torch.zeros(8, dtype=torch.long)
+    assert balance(entry(torch.zeros(8, 4), spread)).item() == pytest.approx(1.0)
+    sure = torch.zeros(8, 4).index_fill(1, torch.tensor([0]), 50.0)
+    assert balance(entry(sure, one)).item() == pytest.approx(4.0)
+    padded = entry(torch.cat([torch.zeros(8, 4), sure]), torch.cat([spread, one]), torch.arange(16) < 8)
+    assert balance(padded).item() == pytest.approx(1.0)
+    logits = torch.randn(8, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    (got,) = torch.autograd.grad(balance(entry(logits, logits.argmax(-1))), logits)
+    f = torch.bincount(logits.argmax(-1), minlength=4) / 8
+    (want,) = torch.autograd.grad(4 * (f * logits.softmax(-1).mean(0)).sum(), logits)
+    torch.testing.assert_close(got, want)
+
+
+def counts_padding_and_differentiates_f(seen: Entry) -> Tensor:
+    assert seen.routing.scores is not None
+    p = seen.routing.scores.logits.softmax(-1).mean(0)
+    return p.numel() * (p * p).sum()
+
+
+@check("switch", "balance loss is 1 when uniform, E when collapsed, and its gradient flows through P only", kind="method")
+def test_balance() -> None:
+    balance_holds(LoadBalance(1.0))
+
+
+@check("switch", "balance loss is 1 when uniform, E when collapsed, and its gradient flows through P only", kind="twin")
+def test_balance_twin() -> None:
+    with pytest.raises(AssertionError):
+        balance_holds(counts_padding_and_differentiates_f)
+
+
+def layer_holds(choice: type[Switch]) -> None:
+    """C is respected, dropped rows are exactly 0, a lone expert equals the dense FFN, and the router learns from the task."""
+    torch.manual_seed(0)
+    moe = MoE(Linear(6, 4), choice(), GLU(4, 6, 5), Capacity(1.0, 4.0))
+    x = torch.randn(32, 6)
+    with Trace(moe) as trace:
+        y = moe(x)
+    routing = trace.entries[0].routing
+    assert routing.dropped is not None
+    assert routing.counts().max() <= 8 and routing.dropped.sum() > 0
+    assert torch.equal((y == 0).all(-1), routing.expert == 4)
+    y.square().sum().backward()
+    assert moe.affinity.weight.grad is not None and moe.affinity.weight.grad.abs().sum() > 1e-4
+    with Trace(moe.eval()) as trace:
+        moe(x)
+    dropped = trace.entries[0].routing.dropped
+    assert dropped is not None and dropped.sum() == 0
+    lone = MoE(Linear(6, 1), choice(), GLU(1, 6, 5))
+    torch.testing.assert_close(lone(x), lone.bank.split()[0](x))
+
+
+class Renormalised(Switch):
+    """The weight of one expert, renormalised, is always 1: the router gets no gradient."""
+
+    def __call__(self, scores: Scores, context: Context) -> Routing:
+        routing = super().__call__(scores, context)
+        return Routing(routing.expert, routing.weight / routing.weight, routing.items, routing.experts, 1, scores=scores)
+
+
+@check("switch", "capacity holds, dropped rows are zero, the router learns through p", kind="method")
+def test_layer() -> None:
+    layer_holds(Switch)
+
+
+@check("switch", "capacity holds, dropped rows are zero, the router learns through p", kind="twin")
+def test_layer_twin() -> None:
+    with pytest.raises(AssertionError):
+        layer_holds(Renormalised)
+
+
+def test_the_router_stays_float32_under_autocast_and_jitters_in_training_only() -> None:
+    router, x = Linear(6, 4, jitter=0.01), torch.randn(5, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        calm = router(x, Context(), None).logits
+    assert calm.dtype == torch.float32
+    assert torch.equal(calm, x @ router.weight.T)
+    moved = router(x, Context(training=True), None).logits
+    assert 0 < (moved - calm).abs().max() <= 0.01 * (x.abs() @ router.weight.abs().T).max() + 1e-6
+
+
+def test_small_init_has_the_papers_scale() -> None:
+    bank = GLU(4, 64, 64)
+    small_init(bank, generator=torch.Generator().manual_seed(0))
+    std = (0.1 / 64) ** 0.5
+    assert bank.down_proj.abs().max() <= 2 * std
+    assert bank.down_proj.std().item() == pytest.approx(0.88 * std, rel=0.02)
