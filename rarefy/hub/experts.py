@@ -75,8 +75,9 @@ def use_experts(model: nn.Module) -> nn.Module:
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     memo: dict[int, Any] = {}
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if config is not None and hasattr(config, "_experts_implementation"):
-            module.config = copy.deepcopy(config, memo)
-            module.config._experts_implementation = IMPLEMENTATION
+            copied = copy.deepcopy(config, memo)
+            copied._experts_implementation = IMPLEMENTATION
+            module.config = copied
     return model
