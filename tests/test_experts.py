@@ -144,3 +144,18 @@ def test_hub_experts_run_through_our_dispatch_and_take_no_tokens(monkeypatch: py
     assert y.shape == (0, 16) and seen == [0]
     with pytest.raises(BadInput):
         ours.use_experts(nn.Linear(1, 1))
+
+
+def test_transposed_biased_experts_with_their_own_gate_equal_eager() -> None:
+    from rarefy.hub.experts import use_experts
+
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    small = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1, "head_dim": 8}
+    config = transformers.GptOssConfig(**small, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2)
+    eager: Any = transformers.GptOssForCausalLM._from_config(config, experts_implementation="eager")
+    for parameter in eager.parameters():  # biases start at zero
+        nn.init.normal_(parameter, std=0.2)
+    for tokens in (1, 9):
+        ids = torch.arange(tokens)[None]
+        torch.testing.assert_close(use_experts(copy.deepcopy(eager))(ids).logits, eager(ids).logits, atol=1e-5, rtol=1e-5)
