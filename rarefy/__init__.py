@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rarefy.hub import lazy as _lazy
+
 if TYPE_CHECKING:
     from rarefy.core.discover import load_plugin as load_plugin
     from rarefy.core.discover import methods as methods
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from rarefy.weights.train import train as train
 
 __version__ = "0.1.0.dev0"
+_lazy.install()
 
 _WHERE = {
     "load_plugin": "core.discover",

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from rarefy.core.errors import BadFile, BadInput, MissingExtra
+from rarefy.core.errors import BadFile, BadInput, MissingExtra, RarefyError
 from rarefy.hub.cache import cached_folder
 from rarefy.hub.demo import MODEL, sha256
 
@@ -183,6 +183,8 @@ def _model(where: str, revision: str | None, task: LoadTask, dtype: torch.dtype 
         model, info = auto.from_pretrained(where, revision=revision or "main", dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True)
     except OSError as error:
         raise _unreadable(where, spec, error) from error
+    except RarefyError:
+        raise
     except ValueError as error:
         raise BadInput(spec, f"cannot be loaded with {task.auto} ({_first_line(error)})", "check the task, or whether the model needs code of its own") from error
     except _BROKEN as error:

@@ -1,0 +1,133 @@
+"""The packed format, version 1: exact, loud when damaged, refused by transformers alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from rarefy.core.errors import BadFile
+from rarefy.hub.load import load
+from rarefy.hub.packed import PackedLinear, dequantize, save_packed
+from rarefy.layouts import bitmask
+
+transformers = pytest.importorskip("transformers")
+GOLDEN = Path(__file__).parent / "golden" / "v1"
+IDS = torch.arange(12).view(2, 6)
+UP = "model.layers.0.mlp.up_proj"
+
+
+def llama(dtype: torch.dtype = torch.float32, tied: bool = True) -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 27, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=tied)).eval().to(dtype)
+    with torch.no_grad():
+        for proj in (model.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.down_proj):
+            proj.weight[torch.rand(proj.weight.shape) < 0.6] = 0
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 19), st.floats(0, 1), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 99))
+def test_round_trip_and_size(rows: int, columns: int, density: float, dtype: torch.dtype, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=g).to(dtype) * (torch.rand(rows, columns, generator=g) < density)
+    packed = bitmask.pack(weight)
+    bitmask.check(packed, (rows, columns), dtype, "w")
+    assert torch.equal(bitmask.unpack(packed, (rows, columns), dtype), weight)
+    assert packed.numel() == bitmask.size((rows, columns), int((weight != 0).sum()), dtype) and packed.numel() % 64 == 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reload_is_exact_and_the_model_is_left_alone(tmp_path: Path, dtype: torch.dtype, tied: bool) -> None:
+    model = llama(dtype, tied)
+    before = logits(model)
+    record = save_packed(model, None, tmp_path / "out")
+    assert torch.equal(logits(model), before) and not hasattr(model.config, "quantization_config")
+    assert record["packed"] == 2 and record["bytes_stored"] < record["bytes_dense"]
+    assert all(s["dense_because"] for s in record["sites"] if s["density"] == 1)
+    again = load(tmp_path / "out").model
+    assert isinstance(again.get_submodule(UP), PackedLinear) and torch.equal(logits(again), before)
+    dequantize(again)
+    again.save_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(load(tmp_path / "dense").model), before)
+
+
+def test_golden_folder_loads() -> None:
+    expected = load_file(GOLDEN / "expected" / "logits.safetensors")["logits"]
+    torch.testing.assert_close(logits(load(GOLDEN / "model").model), expected, rtol=1e-5, atol=1e-6)
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_transformers_alone_raises() -> None:
+    done = run(f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(GOLDEN / 'model')!r}); print('loaded')")
+    assert done.returncode != 0 and "loaded" not in done.stdout and "size" in done.stderr
+
+
+def test_import_rarefy_is_lazy_and_enough() -> None:
+    load_it = f"transformers.AutoModelForCausalLM.from_pretrained({str(GOLDEN / 'model')!r}); print('loaded')"
+    done = run(f"import sys, rarefy; assert 'transformers' not in sys.modules; import transformers; {load_it}")
+    assert "loaded" in done.stdout, done.stderr
+
+
+def plan(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    edit(config["quantization_config"])
+    file.write_text(json.dumps(config))
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def flip(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    header = int.from_bytes(data[:8], "little")
+    data[8 + header + json.loads(data[8 : 8 + header])[f"{UP}.weight"]["data_offsets"][0]] ^= 1
+    file.write_bytes(data)
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated": (truncate, "truncated"),
+    "flipped": (flip, f"{UP}.weight: its sha256"),
+    "shape": (lambda f: plan(f, lambda q: q["layers"][UP].update(shape=[28, 16])), "the model has (27, 16)"),
+    "negative": (lambda f: plan(f, lambda q: q["layers"][UP].update(shape=[-27, 16])), "two positive integers"),
+    "huge": (lambda f: plan(f, lambda q: q["layers"][UP].update(bytes=2**50)), "at most"),
+    "layout": (lambda f: plan(f, lambda q: q["layers"][UP].update(layout="zip")), "known layouts are bitmask"),
+    "module": (lambda f: plan(f, lambda q: q["layers"].update({"no.where": q["layers"][UP]})), "no such module"),
+    "version": (lambda f: plan(f, lambda q: q.update(version=2)), "reads version 1"),
+    "pickle": (lambda f: (f / "pytorch_model.bin").write_bytes(b"x"), "safetensors only"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_folder_is_one_sentence(tmp_path: Path, case: str) -> None:
+    damage, words = HOSTILE[case]
+    folder = tmp_path / "m"
+    shutil.copytree(GOLDEN / "model", folder)
+    damage(folder)
+    with pytest.raises(BadFile) as caught:
+        load(folder)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
