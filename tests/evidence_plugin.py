@@ -18,6 +18,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record-evidence", action="store_true", help="write the verdicts of marked tests to rarefy/data/evidence.json")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record-evidence") and hasattr(config, "workerinput"):
+        raise pytest.UsageError("--record-evidence: workers would overwrite one another's verdicts; run without -n")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     report = yield
