@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 
 from rarefy.core.discover import methods, train_recipes
@@ -17,6 +20,21 @@ def test_training_beats_the_start_and_is_reproducible() -> None:
     runs = [train(task, recipe, density=1.0, steps=40) for _ in range(2)]
     assert runs[0]["metric"] == runs[1]["metric"]
     assert runs[0]["metric"]["loss"] < start["loss"] - 1.0
+
+
+def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    task, recipe = CharLM(width=16, rows=32), train_recipes()["static"]
+
+    def stop(step: int, steps: int) -> None:
+        if step == 7:
+            raise KeyboardInterrupt
+
+    train(task, recipe, density=0.5, steps=12, checkpoint_dir=tmp_path / "whole", save_every=5)
+    with pytest.raises(KeyboardInterrupt):
+        train(task, recipe, density=0.5, steps=12, checkpoint_dir=tmp_path / "stopped", save_every=5, progress=stop)
+    train(task, recipe, density=0.5, steps=12, checkpoint_dir=tmp_path / "stopped", save_every=5)
+    whole, stopped = ((tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", "stopped"))
+    assert whole == stopped
 
 
 def test_the_router_learns() -> None:

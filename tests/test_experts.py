@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rarefy.core.errors import BadInput, Refused
-from rarefy.core.records import Context, Routing
+from rarefy.core.records import Context, Routing, Scores
 from rarefy.core.trace import Trace
+from rarefy.experts.balance.switch_balance import LoadBalance
 from rarefy.experts.banks.glu import GLU
 from rarefy.experts.dispatch import Backend, dispatch, gather, loop
 from rarefy.experts.moe import MoE
 from rarefy.experts.overflow.capacity import Capacity
 from rarefy.experts.routers.linear import Linear
+from rarefy.experts.routers.switch import Switch
 from rarefy.experts.routers.topk import TopK
 from rarefy.experts.routing import dense
 
@@ -54,6 +56,45 @@ def layer() -> MoE:
 def test_nobody_live_gives_zeros() -> None:
     y = layer()(torch.randn(5, 4), Context(live=torch.zeros(3, dtype=torch.bool)))
     assert torch.equal(y, torch.zeros(5, 4))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4)])
+def test_an_empty_batch_keeps_its_shape_and_has_gradients(shape: tuple[int, ...]) -> None:
+    moe = layer()
+    y = moe(torch.zeros(shape))
+    assert y.shape == shape
+    y.sum().backward()
+    assert moe.bank.down_proj.grad is not None and not moe.bank.down_proj.grad.any()
+
+
+@pytest.mark.parametrize("experts", [4, 16, 64, 300])
+def test_equals_are_chosen_by_lower_index(experts: int) -> None:
+    scores = Scores(torch.zeros(2, experts))
+    assert TopK(2)(scores, Context()).expert.tolist() == [0, 1, 0, 1]
+    assert Switch()(scores, Context()).expert.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_k_beyond_the_experts_is_refused(k: int) -> None:
+    with pytest.raises(BadInput, match=f"k = {k} with 3 experts"):
+        TopK(k)(Scores(torch.zeros(1, 3)), Context())
+
+
+@pytest.mark.parametrize("choice", [Switch(), TopK(2)])
+def test_padding_takes_no_capacity_and_is_invisible_to_the_balance_loss(choice: Switch | TopK) -> None:
+    torch.manual_seed(0)
+    moe, x = MoE(Linear(4, 3), choice, GLU(3, 4, 5), Capacity(0.25)), torch.randn(12, 4)
+    valid = torch.arange(24) >= 12
+    seen = []
+    for padding in (torch.randn(12, 4), x[:1].repeat(12, 1), -x[:1].repeat(12, 1)):
+        with Trace(moe) as trace:
+            y = moe(torch.cat([padding, x]), Context(valid=valid))
+        (entry,) = trace.entries
+        assert entry.routing.dropped is not None and entry.routing.dropped.sum() > 0
+        seen.append((y[12:], LoadBalance()(entry), entry.routing.dropped))
+    for other in seen[1:]:
+        for got, want in zip(other, seen[0], strict=True):
+            torch.testing.assert_close(got, want)
 
 
 @settings(max_examples=20, deadline=None)

@@ -40,4 +40,5 @@ class MoE(nn.Module):
         if self.overflow is not None:
             routing = self.overflow(routing, context)
         routing = self.tap(routing, context, rows)
-        return dispatch(rows, routing, self.bank, context, self.backend).reshape(*x.shape[:-1], -1)
+        y = dispatch(rows, routing, self.bank, context, self.backend)
+        return y.reshape(*x.shape[:-1], y.shape[-1])

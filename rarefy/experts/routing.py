@@ -22,6 +22,18 @@ def keep(routing: Routing, mask: Tensor) -> Routing:
     return replace(routing, expert=routing.expert.where(mask, routing.experts), weight=routing.weight.masked_fill(~mask, 0.0), dropped=dropped)
 
 
+def unpadded(routing: Routing, valid: Tensor | None) -> Routing:
+    """Send the assignments of padding (`valid` [R] False) to nobody, without counting them as dropped.
+
+    >>> unpadded(Routing(torch.tensor([0, 1]), torch.ones(2), 2, 2, k=1), torch.tensor([True, False])).expert.tolist()
+    [0, 2]
+    """
+    if valid is None:
+        return routing
+    real = valid.reshape(-1)[routing.rows()]
+    return replace(routing, expert=routing.expert.where(real, routing.experts), weight=routing.weight.masked_fill(~real, 0.0))
+
+
 def dense(routing: Routing) -> Tensor:
     """The combine weights as a matrix [R, E]; several assignments of one row to one expert add up.
 

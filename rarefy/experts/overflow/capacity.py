@@ -11,15 +11,16 @@ import torch
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Routing
 from rarefy.core.roles import Overflow
-from rarefy.experts.routing import keep
+from rarefy.experts.routing import keep, unpadded
 
 
 @dataclass(frozen=True)
 class Capacity(Overflow):
     """Keep the first C assignments of each expert: ``C = ceil(factor * N / E)``; the rest go to nobody and are counted.
 
-    First choices come before second ones, then rows in order. N counts all assignments (rows times k). `evaluation` is
-    the factor outside training. Source: Fedus et al., arXiv 2101.03961, section 2.2, eq. 3.
+    First choices come before second ones, then rows in order. N counts all assignments (rows times k, padding too, so that
+    C does not depend on the data). Padding goes to nobody first: it takes no place and is not counted as dropped.
+    `evaluation` is the factor outside training. Source: Fedus et al., arXiv 2101.03961, section 2.2, eq. 3.
 
     Raises:
         BadInput: a factor that is not positive.
@@ -42,6 +43,7 @@ class Capacity(Overflow):
         return math.ceil(Fraction(str(self.factor if training else self.evaluation)) * assignments / experts)
 
     def __call__(self, routing: Routing, context: Context) -> Routing:
+        routing = unpadded(routing, context.valid)
         first = routing.ranks().argsort(stable=True)
         order = first[routing.expert[first].argsort(stable=True)]
         expert = routing.expert[order]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Routing, Scores
 from rarefy.core.roles import Choice
 from rarefy.experts.routing import alive, probabilities
@@ -13,11 +14,14 @@ from rarefy.experts.routing import alive, probabilities
 class TopK(Choice):
     """Choose the k largest probabilities: ``w = p_i / sum_top p`` when `renormalise`, else ``w = p_i``.
 
-    Scores with logits [R, E] -> Routing of R*k assignments, row-major, first choice first.
+    Scores with logits [R, E] -> Routing of R*k assignments, row-major, first choice first; of equals the lower index.
+
+    Raises:
+        BadInput: k outside 1..E.
 
     >>> import torch
     >>> r = TopK(2)(Scores(torch.tensor([[0.0, 0.0, -9.0]])), Context())
-    >>> sorted(r.expert.tolist()), r.weight.tolist()
+    >>> r.expert.tolist(), r.weight.tolist()
     ([0, 1], [0.5, 0.5])
     """
 
@@ -27,7 +31,10 @@ class TopK(Choice):
 
     def __call__(self, scores: Scores, context: Context) -> Routing:
         p = probabilities(scores.logits, context.live)
-        weight, expert = p.topk(self.k, -1)
+        if not 1 <= self.k <= p.shape[1]:
+            raise BadInput(f"k = {self.k} with {p.shape[1]} experts", "a row takes between one and all of the experts", "choose k in 1..E")
+        # A stable sort: topk leaves the order of equals open.
+        weight, expert = (t[:, : self.k] for t in p.sort(stable=True, dim=-1, descending=True))
         if self.renormalise:
             weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-20)
         return Routing(alive(expert, context.live).flatten(), weight.flatten(), p.shape[0], p.shape[1], self.k, scores=scores)
