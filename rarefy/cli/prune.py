@@ -8,17 +8,21 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from safetensors.torch import save
 
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed
 from rarefy.cli.loading import load
 from rarefy.cli.main import app
-from rarefy.cli.output import bars, line, show, table, text
+from rarefy.cli.output import bars, err, line, show, table, text
 from rarefy.core.errors import BadInput
 from rarefy.hub.atomic import check_target
 from rarefy.hub.export import save_dense
 from rarefy.hub.text import calibration_batches
+from rarefy.weights.checkpoint import Checkpoint, pack, write_atomic
 from rarefy.weights.prune import prune as prune_model
+
+MASKS = "masks.safetensors"  # packed bits, one 1-D tensor per site; shapes are in the record
 
 EPILOG = "Examples:  rarefy prune demo --recipe sparsegpt --density 0.5 --out half   ·   rarefy prune demo --recipe wanda --pattern 2:4 --out two-four --json"
 
@@ -51,8 +55,23 @@ def prune(
     loaded = load(model, dtype=dtype, device=device)
     batches = to_device(calibration_batches(need_tokenizer(loaded), calibration_tokens, seed=seed, path=calibration), device)
     loaded_at = time.monotonic()
+    whole = Path(out).absolute()
+    checkpoint = Checkpoint(whole.with_name(f"{whole.name}.partial"), replace=force, on_resume=_say_resumed)
+    masks: dict[str, torch.Tensor] = {}
     with bars(as_json) as progress:
-        record = prune_model(loaded.model, batches, chosen, density=density, include=include or (), exclude=exclude or (), mode=mode, seed=seed, progress=progress)
+        record = prune_model(
+            loaded.model,
+            batches,
+            chosen,
+            density=density,
+            include=include or (),
+            exclude=exclude or (),
+            mode=mode,
+            seed=seed,
+            progress=progress,
+            checkpoint=checkpoint,
+            on_pruned=lambda site, pruned: masks.update({site.name: pack(pruned.mask)}),
+        )
     record = {
         **record,
         "calibration": {"text": calibration or "embedded", "tokens": sum(b["input_ids"].numel() for b in batches)},
@@ -61,7 +80,13 @@ def prune(
     }
     timings = {"load_s": loaded_at - began, "prune_s": time.monotonic() - loaded_at}
     save_dense(loaded.model, loaded.tokenizer, out, force=force, record=record, timings=timings)
+    write_atomic(whole / MASKS, save(masks))
+    checkpoint.remove()
     show({**record, "out": out}, as_json, _draw)
+
+
+def _say_resumed(finished: int, groups: int) -> None:
+    err.print(f"resumed after {finished} of {groups} blocks", highlight=False)
 
 
 def check_density(density: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +21,14 @@ from rarefy.core.exact import keep_count
 from rarefy.core.records import Member, Pruned, Recipe, Site, Units
 from rarefy.core.roles import Allocation, Criterion, Pattern, Statistic, asks
 from rarefy.weights.blocks import Calls, capture, find_chain, run_block, uncached
+from rarefy.weights.checkpoint import Checkpoint, digest, pack, unpack
 from rarefy.weights.criteria.magnitude import Magnitude
 from rarefy.weights.sites import find_sites
 
 ProgressBar = Callable[[int, int, str], None]
+OnPruned = Callable[[Site, Pruned], None]
 ERROR_STATISTIC = "hessian"
+WHOLE, OUTSIDE = "the whole model", "outside the chain"  # labels of groups that are no block
 COUNT_TOLERANCE = 0.01  # of the budget: how far a pattern's nearest counts may be from what was asked
 
 
@@ -44,6 +48,8 @@ def prune(
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     seed: int = 0,
     progress: ProgressBar | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
+    on_pruned: OnPruned | None = None,
 ) -> dict[str, Any]:
     """Prune a model in place to an exact density.
 
@@ -62,6 +68,9 @@ def prune(
         loss: (model, batch) -> scalar for criteria of the gradient.
         seed: of every random choice; the same seed gives the same bytes at the same number of threads.
         progress: called with (done, total, label).
+        checkpoint: a folder that keeps finished blocks; the same call on the same dense model goes on from there and
+            gives the same bytes. It is left for the caller to delete.
+        on_pruned: called with every site and what the solver returned; one that is read back has its weight as stored.
 
     Returns:
         {model, recipe, pattern, allocation, density_requested, density, mode, seed, sites: [{name, shape, kept,
@@ -71,6 +80,8 @@ def prune(
     Raises:
         BadInput: density, pattern, batches or sites that cannot be; the model is then unchanged or, in cascade
             mode, pruned up to the block that is named.
+        Refused: the checkpoint belongs to another prune.
+        BadFile: the checkpoint is truncated.
 
     >>> torch.manual_seed(0) and None
     >>> from rarefy.weights.criteria.magnitude import MAGNITUDE
@@ -87,6 +98,10 @@ def prune(
         with uncached(model):
             flow = _Flow(model, batches, recipe, pattern or recipe.pattern, allocation or recipe.allocation, seed, errors, loss, progress)
             flow.sites = find_sites(model, include, exclude)
+            flow.on_pruned = on_pruned or (lambda site, pruned: None)
+            if checkpoint is not None:
+                key = _key(flow, density, tuple(include), tuple(exclude), mode, statistics)
+                flow.checkpoint = (checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)).open(key)
             records = flow.run(density, mode, statistics)
     finally:
         model.train(was_training)
@@ -110,6 +125,15 @@ def describe(part: Any) -> str:
     return str(text) if isinstance(text, str) else type(part).name or repr(part)
 
 
+def _key(flow: _Flow, density: float, include: tuple[str, ...], exclude: tuple[str, ...], mode: str, statistics: Stats | None) -> str:
+    """Everything that the bytes of a prune depend on."""
+    model = flow.model
+    weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    asked = (flow.recipe, flow.pattern, flow.allocation, density, include, exclude, mode, flow.seed, flow.errors, getattr(flow.loss, "__qualname__", flow.loss))
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return digest(asked, statistics, flow.batches, weights, model, attention, torch.get_num_threads(), torch.__version__)
+
+
 class _Flow:
     """The state of one prune: what was asked and what is known so far."""
 
@@ -121,6 +145,9 @@ class _Flow:
         self.errors = errors and bool(batches)
         self.sites: list[Site] = []
         self.params = dict(model.named_parameters())
+        self.checkpoint: Checkpoint | None = None
+        self.on_pruned: OnPruned = lambda site, pruned: None
+        self.masks: dict[str, Tensor] = {}  # packed, of the group in hand
 
     def run(self, density: float, mode: str, known: Stats | None) -> list[dict[str, Any]]:
         needs = self.recipe.solver.needs
@@ -132,7 +159,8 @@ class _Flow:
         budget = self._budget(density, dense)
         rest = list(dict.fromkeys(n for n in (*needs, *((ERROR_STATISTIC,) if self.errors else ())) if statistic(n).source == "input"))
         if known is not None or not rest:
-            return self._solve(self.sites, budget, dense)
+            self._expect([WHOLE])
+            return self._restore(WHOLE, self.sites) or self._keep(WHOLE, self.sites, self._solve(self.sites, budget, dense))
         if not self.batches:
             raise BadInput(f"no calibration batches for {', '.join(rest)}", f"recipe {self.recipe.name} measures activations", "pass batches, or --calibration TEXT")
         return self._by_block(budget, dense, [statistic(n) for n in rest], mode)
@@ -175,31 +203,77 @@ class _Flow:
         chain = find_chain(self.model, self.batches[0])
         inside = {path: [s for s in self.sites if s.module == path or s.module.startswith(path + ".")] for path, _ in chain}
         outside = [s for s in self.sites if not any(s in group for group in inside.values())]
+        self._expect([*([OUTSIDE] if outside else []), *(path for path, sites in inside.items() if sites)])
         records = {}
         if outside:
-            extra = collect_all(self.model, self.batches, outside, statistics, progress=self.progress)
-            records.update({r["name"]: r for r in self._solve(outside, budget, {**dense, **extra})})
+            found = self._restore(OUTSIDE, outside)
+            if found is None:
+                extra = collect_all(self.model, self.batches, outside, statistics, progress=self.progress)
+                found = self._keep(OUTSIDE, outside, self._solve(outside, budget, {**dense, **extra}))
+            records.update({r["name"]: r for r in found})
         calls = capture(self.model, chain, self.batches) if chain else []
         for index, (path, block) in enumerate(chain):
             self.progress(index, len(chain), f"prune {path}")
-            records.update(self._block(index, block, inside[path], calls, budget, dense, statistics, mode))
+            records.update({r["name"]: r for r in self._block(index, path, block, inside[path], calls, budget, dense, statistics, mode)})
         if chain:
             self.progress(len(chain), len(chain), "prune")
         return [records[s.name] for s in self.sites]
 
     def _block(
-        self, index: int, block: nn.Module, sites: list[Site], calls: list[Calls], budget: Mapping[str, int], dense: Stats, statistics: list[Statistic], mode: str
-    ) -> dict[str, Any]:
+        self, index: int, path: str, block: nn.Module, sites: list[Site], calls: list[Calls], budget: Mapping[str, int], dense: Stats, statistics: list[Statistic], mode: str
+    ) -> list[dict[str, Any]]:
+        before = [run_block(block, batch, index) for batch in calls] if mode == "parallel" and self._finished(path) else []
+        found = self._restore(path, sites)
+        if found is None:
+            before, found = self._solve_block(index, block, sites, calls, budget, dense, statistics)
+            self._keep(path, sites, found)
+        for number, batch in enumerate(calls):
+            batch.hidden = before[number] if mode == "parallel" else run_block(block, batch, index)
+        return found
+
+    def _solve_block(
+        self, index: int, block: nn.Module, sites: list[Site], calls: list[Calls], budget: Mapping[str, int], dense: Stats, statistics: list[Statistic]
+    ) -> tuple[list[Tensor], list[dict[str, Any]]]:
         outputs = []
         with Collector(self.model, sites, statistics) as collector:
             for number, batch in enumerate(calls):
                 collector.valid, collector.batch = batch.valid, number
                 outputs.append(run_block(block, batch, index))
         found = self._solve(sites, budget, {**dense, **collector.finish()}) if sites else []
-        for batch, output in zip(calls, outputs, strict=True):
-            batch.hidden = output if mode == "parallel" else run_block(block, batch, index)
         idle = set(collector.idle())
-        return {r["name"]: ({**r, "idle": True} if r["name"] in idle else r) for r in found}
+        return outputs, [{**r, "idle": True} if r["name"] in idle else r for r in found]
+
+    def _expect(self, labels: list[str]) -> None:
+        if self.checkpoint is not None:
+            self.checkpoint.expect(labels)
+
+    def _finished(self, label: str) -> bool:
+        return self.checkpoint is not None and self.checkpoint.has(label)
+
+    def _restore(self, label: str, sites: Sequence[Site]) -> list[dict[str, Any]] | None:
+        """Write a finished group's weights back; its records, or None where it is still to be solved."""
+        stored = self.checkpoint.get(label) if self.checkpoint is not None and sites else None
+        if stored is None:
+            return None
+        tensors, records = stored
+        for site, record in zip(sites, records, strict=True):
+            mask = unpack(tensors[f"mask:{site.name}"], site.shape)
+            pruned = Pruned(tensors[f"weight:{site.name}"], mask, tensors.get(f"bias:{site.name}"), record.get("notes", {}))
+            self._write(site, pruned)
+            self.on_pruned(site, pruned)
+        return records
+
+    def _keep(self, label: str, sites: Sequence[Site], records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if self.checkpoint is not None and sites:
+            tensors = {f"mask:{name}": packed for name, packed in self.masks.items()}
+            for site in sites:
+                tensors[f"weight:{site.name}"] = self._weight(site).cpu().clone(memory_format=torch.contiguous_format)
+                bias = self._bias(site)
+                if bias is not None:
+                    tensors[f"bias:{site.name}"] = bias.detach().cpu().clone()
+            self.checkpoint.put(label, tensors, records)
+        self.masks.clear()
+        return records
 
     def _solve(self, sites: Sequence[Site], budget: Mapping[str, int], stats: Stats) -> list[dict[str, Any]]:
         solver = self.recipe.solver
@@ -212,14 +286,20 @@ class _Flow:
             for site in scope:
                 records.append(self._record(site, weights[site.name], solved[site.name], stats.get(ERROR_STATISTIC, {}).get(site.name)))
                 self._write(site, solved[site.name])
+                self.on_pruned(site, solved[site.name])
+                if self.checkpoint is not None:
+                    self.masks[site.name] = pack(solved[site.name].mask)
             if len(scopes) == len(self.sites):
                 self.progress(done + 1, len(scopes), f"prune {scope[0].name}")
         return records
 
+    def _bias(self, site: Site) -> Tensor | None:
+        return self.params.get(f"{site.module}.bias" if site.module else "bias")
+
     def _write(self, site: Site, pruned: Pruned) -> None:
         with torch.no_grad():
             site.write(self.params[site.key], pruned.weight)
-            bias = self.params.get(f"{site.module}.bias" if site.module else "bias")
+            bias = self._bias(site)
             if pruned.bias is not None and bias is not None:
                 bias.copy_(pruned.bias)
 

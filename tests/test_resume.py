@@ -1,0 +1,275 @@
+"""A prune that is killed at any moment goes on to the bytes of one that was not; a checkpoint of another job is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from rarefy.cli.main import main
+from rarefy.core.discover import recipes
+from rarefy.core.errors import BadFile, Refused
+from rarefy.weights.checkpoint import Checkpoint, unpack
+from rarefy.weights.prune import prune
+
+transformers = pytest.importorskip("transformers")
+IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+# Every attempt forks from one warm process and kills itself at a random moment of real time, also inside a write.
+SCRIPT = """
+import copy, json, os, random, signal, sys, threading, time, traceback
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import transformers
+from safetensors.torch import save_file
+from rarefy.core.discover import recipes
+from rarefy.weights.prune import prune
+
+folder, root, cases = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+batches = [{"input_ids": torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))}]
+model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+prune(copy.deepcopy(model), batches, recipes()["sparsegpt"], density=0.5)  # imports and caches, before any fork
+
+def attempt(recipe, mode, out, rng, deadline):
+    if deadline is not None:
+        threading.Timer(deadline, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    def progress(done, total, label):
+        if deadline is not None:
+            time.sleep(rng.uniform(0, 0.03))
+    found = prune(model, batches, recipes()[recipe], density=0.5, mode=mode, progress=progress, checkpoint=None if deadline is None else out / "partial")
+    (out / "record.json").write_text(json.dumps(found))
+    save_file(dict(model.state_dict()), out / "weights.safetensors")
+
+def child(*arguments):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            attempt(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    return status == 0
+
+told = {}
+for recipe, mode, seed in cases:
+    out, rng = root / f"{recipe}-{mode}-{seed}", random.Random(seed)
+    for name in ("whole", "killed"):
+        (out / name).mkdir(parents=True)
+    assert child(recipe, mode, out / "whole", rng, None)
+    killed = resumed = 0
+    while True:
+        resumed += any((out / "killed" / "partial").glob("[!.]*.safetensors"))
+        if child(recipe, mode, out / "killed", rng, rng.uniform(0.05, 0.25) * 1.2 ** killed):
+            break
+        killed += 1
+    told[out.name] = {"killed": killed, "resumed": resumed}
+print(json.dumps(told))
+"""
+CASES = [("sparsegpt", "cascade", 1), ("sparsegpt", "parallel", 2), ("owl", "cascade", 3)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2)
+    target = tmp_path_factory.mktemp("llama")
+    transformers.LlamaForCausalLM(config).save_pretrained(target)
+    return str(target)
+
+
+def load(folder: str) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, int]]]:
+    root = tmp_path_factory.mktemp("killed")
+    done = subprocess.run([sys.executable, "-c", SCRIPT, folder, str(root), json.dumps(CASES)], capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return root, json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+@pytest.mark.parametrize("case", ["-".join(map(str, c)) for c in CASES])
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(outcomes: tuple[Path, dict[str, dict[str, int]]], case: str) -> None:
+    root, told = outcomes
+    assert told[case]["killed"] >= 1
+    assert told[case]["resumed"] >= 1
+    for name in ("weights.safetensors", "record.json"):
+        assert (root / case / "killed" / name).read_bytes() == (root / case / "whole" / name).read_bytes()
+
+
+class Stop(Exception):
+    """Stands for Ctrl-C."""
+
+
+def stop_at(block: int) -> Callable[[int, int, str], None]:
+    def progress(done: int, total: int, label: str) -> None:
+        if label.startswith("prune model.layers") and done == block:
+            raise Stop
+
+    return progress
+
+
+def half_done(folder: str, partial: Path, block: int = 3, **options: Any) -> None:
+    with pytest.raises(Stop):
+        prune(load(folder), [{"input_ids": IDS}], recipes()["sparsegpt"], density=0.5, checkpoint=partial, progress=stop_at(block), **options)
+
+
+@pytest.mark.parametrize("mode", ["cascade", "parallel"])
+@pytest.mark.parametrize("block", [1, 3, 4])
+def test_finished_blocks_are_read_and_not_solved(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, block: int) -> None:
+    half_done(folder, tmp_path / "p", block, mode=mode)
+    whole, resumed = load(folder), load(folder)
+    masks: list[dict[str, torch.Tensor]] = [{}, {}]
+    arguments: dict[str, Any] = {"density": 0.5, "mode": mode}
+    record = prune(whole, [{"input_ids": IDS}], recipes()["sparsegpt"], on_pruned=lambda s, p: masks[0].update({s.name: p.mask}), **arguments)
+    solver, solved = type(recipes()["sparsegpt"].solver), []
+    original = solver.solve
+
+    def counted(self: Any, weights: Any, *args: Any, **more: Any) -> Any:
+        solved.extend(weights)
+        return original(self, weights, *args, **more)
+
+    monkeypatch.setattr(solver, "solve", counted)
+    told: list[tuple[int, int]] = []
+    checkpoint = Checkpoint(tmp_path / "p", on_resume=lambda done, total: told.append((done, total)))
+    again = prune(resumed, [{"input_ids": IDS}], recipes()["sparsegpt"], checkpoint=checkpoint, on_pruned=lambda s, p: masks[1].update({s.name: p.mask}), **arguments)
+    assert told == [(block, 5)]
+    assert {int(name.split(".")[2]) for name in solved} == set(range(block, 5))
+    assert json.dumps(again) == json.dumps(record)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert masks[0].keys() == masks[1].keys() and all(torch.equal(m, masks[1][n]) for n, m in masks[0].items())
+
+
+def test_a_whole_model_group_biases_and_sites_outside_the_chain_come_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).bfloat16()
+    for recipe in ("magnitude", "sparsegpt"):
+        models = [nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).bfloat16() for _ in range(2)]
+        for model in models:
+            model.load_state_dict(dense.state_dict())
+        records = [prune(m, [torch.ones(3, 6).bfloat16()], recipes()[recipe], density=0.5, checkpoint=tmp_path / recipe) for m in models]
+        assert records[0] == records[1]
+        assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "density": {"density": 0.4},
+    "seed": {"seed": 1},
+    "mode": {"mode": "parallel"},
+    "exclude": {"exclude": ["*down_proj"]},
+    "errors": {"errors": False},
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "recipe", "batches", "weights"])
+def test_a_checkpoint_of_another_prune_is_refused_and_kept(folder: str, tmp_path: Path, change: str) -> None:
+    partial = tmp_path / "p"
+    half_done(folder, partial)
+    before = {p.name: p.read_bytes() for p in partial.iterdir()}
+    model, batches = load(folder), [{"input_ids": IDS.flip(0) if change == "batches" else IDS}]
+    if change == "weights":
+        with torch.no_grad():
+            model.model.norm.weight[0] += 1
+    recipe = recipes()["wanda" if change == "recipe" else "sparsegpt"]
+    with pytest.raises(Refused, match="delete it or pass --force"):
+        prune(model, batches, recipe, checkpoint=partial, **{"density": 0.5, **CHANGES.get(change, {})})
+    assert {p.name: p.read_bytes() for p in partial.iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", ["header", "half", "last byte", "flipped", "key"])
+def test_a_damaged_checkpoint_is_refused(folder: str, tmp_path: Path, damage: str) -> None:
+    half_done(folder, tmp_path / "p")
+    path = tmp_path / "p" / "key.json" if damage == "key" else sorted((tmp_path / "p").glob("*.safetensors"))[0]
+    data = path.read_bytes()
+    cut = {"header": data[:5], "half": data[: len(data) // 2], "last byte": data[:-1], "flipped": data[:-1] + bytes([data[-1] ^ 1]), "key": data[:4]}[damage]
+    path.write_bytes(cut)
+    with pytest.raises(BadFile, match="truncated or was changed"):
+        prune(load(folder), [{"input_ids": IDS}], recipes()["sparsegpt"], density=0.5, checkpoint=tmp_path / "p")
+
+
+def test_killed_before_the_first_file_has_its_name(tmp_path: Path) -> None:
+    (tmp_path / f".key.json.tmp-{os.getpid()}").write_text('{"ke')
+    checkpoint = Checkpoint(tmp_path).open("key")
+    assert checkpoint.get("block") is None
+    checkpoint.put("block", {"a": torch.ones(1)}, [])
+    assert Checkpoint(tmp_path).open("key").get("block") is not None
+
+
+def test_a_folder_that_is_no_checkpoint_is_never_touched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years")
+    for replace in (False, True):
+        with pytest.raises(Refused, match="no checkpoint"):
+            Checkpoint(tmp_path, replace=replace).open("key")
+    Checkpoint(tmp_path).remove()
+    assert (tmp_path / "thesis.txt").read_text() == "years"
+
+
+@pytest.fixture(scope="module")
+def words(folder: str) -> str:
+    """The model with a word-level tokenizer, and a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    letters = {w: i for i, w in enumerate(["<s>", "<unk>", *(chr(c) for c in range(97, 123))])}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>").save_pretrained(folder)
+    (Path(folder) / "text.txt").write_text("sparse networks choose what to keep " * 100)
+    return folder
+
+
+def test_the_command_goes_on_says_so_and_cleans_up(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def command(out: str, *more: str) -> int:
+        return main(["prune", words, "--out", str(tmp_path / out), "--calibration", f"{words}/text.txt", "--calibration-tokens", "512", "--json", *more])
+
+    put, calls = Checkpoint.put, []
+
+    def interrupted(self: Checkpoint, *arguments: Any) -> None:
+        put(self, *arguments)
+        calls.append(arguments[0])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "put", interrupted)
+    assert command("half") != 0
+    monkeypatch.setattr(Checkpoint, "put", put)
+    assert (tmp_path / "half.partial" / "key.json").is_file()
+    assert not (tmp_path / "half").exists()
+    assert command("half", "--density", "0.4") == Refused("", "").exit_code
+    assert "delete it or pass --force" in capsys.readouterr().err
+    assert command("half") == 0
+    captured = capsys.readouterr()
+    assert "resumed after 2 of 5 blocks" in captured.err
+    assert not (tmp_path / "half.partial").exists()
+    assert command("whole") == 0
+    assert "resumed" not in capsys.readouterr().err
+    for name in ("model.safetensors", "masks.safetensors"):
+        assert (tmp_path / "half" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    record, other = (json.loads((tmp_path / out / "prune.json").read_text()) for out in ("half", "whole"))
+    assert {**record, "out": ""} == {**other, "out": ""}
+    with safe_open(tmp_path / "half" / "masks.safetensors", "pt") as masks, safe_open(tmp_path / "half" / "model.safetensors", "pt") as weights:
+        assert set(masks.keys()) == {s["name"] for s in record["sites"]}
+        for site in record["sites"]:
+            mask = unpack(masks.get_tensor(site["name"]), tuple(site["shape"]))
+            assert int(mask.sum()) == site["kept"]
+            assert not weights.get_tensor(site["name"])[~mask].any()
+
+
+def test_force_replaces_a_checkpoint_of_another_prune(folder: str, tmp_path: Path) -> None:
+    half_done(folder, tmp_path / "p")
+    old = (tmp_path / "p" / "key.json").read_bytes()
+    prune(load(folder), [{"input_ids": IDS}], recipes()["sparsegpt"], density=0.4, checkpoint=Checkpoint(tmp_path / "p", replace=True))
+    assert (tmp_path / "p" / "key.json").read_bytes() != old
