@@ -20,13 +20,12 @@ from rarefy.cli.prune import check_density, need_tokenizer, to_device, versions
 from rarefy.core.collect import collect_all
 from rarefy.core.journal import Journal
 from rarefy.core.records import Recipe
-from rarefy.core.roles import asks
 from rarefy.hub.load import Loaded
 from rarefy.hub.text import calibration_batches, heldout_ids
 from rarefy.probes.compare import compare as run
 from rarefy.probes.perplexity import token_nll
 from rarefy.weights.patterns import parse_pattern
-from rarefy.weights.prune import statistic
+from rarefy.weights.prune import dense_statistics, trial_key
 from rarefy.weights.sites import find_sites
 
 COLUMNS = ["method", "pattern", "density", "value", "relative", "interval", "error", "bytes", "bitmask_bytes"]
@@ -72,13 +71,8 @@ def measure(loaded: Loaded, batches: list[dict[str, Tensor]], chosen: Sequence[t
     setting = hashlib.sha256(repr((loaded.spec, versions(), torch.get_num_threads(), ids.tolist(), [b["input_ids"].tolist() for b in batches])).encode()).hexdigest()[:16]
     book = Journal(journal, setting) if journal else None
     evaluate = scorer(loaded)
-    fresh = [r for r, _ in chosen] if book is None else [r for r, d in chosen if book.get(f"{r.name}|{r.pattern}|{d}|{seed}") is None]
-    wanted = (
-        {"hessian"}
-        | {n for r in fresh for n in r.solver.needs}
-        | {n for r in fresh if "scores" in asks(r.allocation.counts) and hasattr(r.solver, "criterion") for n in asks(r.solver.criterion.scores)}
-    )
-    stats = collect_all(loaded.model, batches, find_sites(loaded.model), [statistic(n) for n in sorted(wanted)], progress=progress) if fresh else {}
+    fresh = [r for r, _ in chosen] if book is None else [r for r, d in chosen if book.get(trial_key(r, d, seed)) is None]
+    stats = collect_all(loaded.model, batches, find_sites(loaded.model), dense_statistics(fresh), progress=progress) if fresh else {}
     return run(loaded.model, chosen, lambda m: evaluate(m, ids), statistics=stats, seed=seed, progress=progress, book=book)
 
 

@@ -16,10 +16,11 @@ from rarefy.cli.loading import load
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, err, line, show, table, text
 from rarefy.core.errors import BadInput
+from rarefy.core.files import write_atomic
 from rarefy.hub.atomic import check_target
 from rarefy.hub.export import save_dense
 from rarefy.hub.text import calibration_batches
-from rarefy.weights.checkpoint import Checkpoint, pack, write_atomic
+from rarefy.weights.checkpoint import Checkpoint, pack
 from rarefy.weights.prune import prune as prune_model
 
 MASKS = "masks.safetensors"  # packed bits, one 1-D tensor per site; shapes are in the record

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from rarefy.core.errors import BadInput
+from rarefy.core.files import write_atomic
 
 
 class Journal:
@@ -32,6 +32,4 @@ class Journal:
     def put(self, key: str, row: dict[str, Any]) -> None:
         self.rows[f"{self.setting}|{key}"] = row
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(f".tmp-{os.getpid()}")
-        draft.write_text(json.dumps(self.rows, indent=1))
-        os.replace(draft, self.path)
+        write_atomic(self.path, json.dumps(self.rows, indent=1).encode())

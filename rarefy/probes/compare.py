@@ -12,7 +12,7 @@ from rarefy.core.journal import Journal
 from rarefy.core.records import Recipe
 from rarefy.core.search import trial
 from rarefy.weights.optimize import relative_loss
-from rarefy.weights.prune import prune
+from rarefy.weights.prune import prune, trial_key
 
 
 def compare(
@@ -42,7 +42,7 @@ def compare(
     head = {"method": "dense", "pattern": "", "density": 1.0, "seed": seed, "metric": "perplexity", "value": float(dense.double().mean().exp())}
     rows: list[dict[str, Any]] = [{**head, "relative": 0.0, "interval": [0.0, 0.0], "bytes": size, "bitmask_bytes": size, "error": 0.0}]
     for number, (recipe, density) in enumerate(recipes):
-        key = f"{recipe.name}|{recipe.pattern}|{density}|{seed}"
+        key = trial_key(recipe, density, seed)
         known = book.get(key) if book else None
         if progress:
             progress(number, len(recipes), f"{recipe.name} at {density:g}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rarefy.core.errors import BadFile, BadInput
+from rarefy.core.files import write_atomic
 
 STYLE = """
 :root{--ink:#1c1f24;--paper:#fdfdfc;--soft:#6a7079;--line:#dcdfe3;--a:#2b6cb0;--b:#c05621}
@@ -43,9 +44,7 @@ def report(folder: str | Path) -> str:
 def write_report(folder: str | Path) -> Path:
     """Write report.html into the folder, whole or not at all."""
     out = Path(folder) / "report.html"
-    draft = out.with_suffix(".tmp")
-    draft.write_text(report(folder), encoding="utf-8")
-    draft.replace(out)
+    write_atomic(out, report(folder).encode())
     return out
 
 

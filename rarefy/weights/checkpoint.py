@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -22,9 +21,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rarefy.core.errors import BadFile, Refused
+from rarefy.core.files import DRAFT, write_atomic
 
 KEY = "key.json"
-DRAFT = ".tmp-"  # in the name of a file whose writer was killed
 
 
 class Checkpoint:
@@ -119,22 +118,6 @@ class Checkpoint:
 
     def _damaged(self, path: Path) -> BadFile:
         return BadFile(f"checkpoint file {path}", "it is truncated or was changed", f"delete {path.parent} and begin again")
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """The file appears whole under its name, or not at all, also after a power cut."""
-    draft = path.with_name(f".{path.name}{DRAFT}{os.getpid()}")
-    with draft.open("wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(draft, path)
-    if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def digest(*values: Any) -> str:

@@ -5,8 +5,7 @@ The dense statistics are collected once and serve every try; each try is undone 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,13 +18,12 @@ from rarefy.core.collect import Stats, collect_all
 from rarefy.core.errors import BadInput
 from rarefy.core.journal import Journal
 from rarefy.core.records import Recipe
-from rarefy.core.roles import Statistic, asks
 from rarefy.core.search import Bisect, trial
-from rarefy.weights.prune import describe, prune, statistic
+from rarefy.weights.checkpoint import digest
+from rarefy.weights.prune import dense_statistics, describe, prune, trial_key
 from rarefy.weights.sites import find_sites
 
 Evaluate = Callable[[nn.Module], Tensor]
-ERROR_STATISTIC = "hessian"
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,8 @@ def optimize(
         raise BadInput(f"max_loss {max_loss} over {len(recipes)} recipes", "a budget is not negative, and there must be a recipe to try")
     model.eval()
     dense_nll = evaluate(model)
-    stats = _statistics(model, batches, recipes, progress)
-    tries = _Tries(model, evaluate, dense_nll, stats, max_loss, seed, Journal(journal, _key(batches, dense_nll, seed)) if journal else None, progress)
+    stats = collect_all(model, batches, find_sites(model), dense_statistics(recipes), progress=progress)
+    tries = _Tries(model, evaluate, dense_nll, stats, max_loss, seed, Journal(journal, digest(batches, dense_nll)) if journal else None, progress)
     best: tuple[float, Recipe | None] = (1.0, None)
     for recipe in recipes:
         if best[0] - lowest <= tolerance:
@@ -119,15 +117,6 @@ def optimize(
     return {"max_loss": max_loss, "loss": row["loss"], "interval": row["interval"], "chosen": found, "tried": tries.rows}, record
 
 
-def _statistics(model: nn.Module, batches: Sequence[Any], recipes: Sequence[Recipe], progress: Any) -> Stats:
-    names = {ERROR_STATISTIC} | {n for r in recipes for n in r.solver.needs}
-    for recipe in recipes:
-        if "scores" in asks(recipe.allocation.counts) and hasattr(recipe.solver, "criterion"):
-            names |= set(asks(recipe.solver.criterion.scores))
-    wanted: list[Statistic] = [statistic(n) for n in sorted(names)]
-    return collect_all(model, batches, find_sites(model), wanted, progress=progress)
-
-
 @dataclass
 class _Tries:
     model: nn.Module
@@ -143,7 +132,7 @@ class _Tries:
         self.rows: list[dict[str, Any]] = []
 
     def good(self, recipe: Recipe, density: float) -> bool:
-        key = f"{recipe.name}|{recipe.solver}|{recipe.allocation}|{recipe.pattern}|{density}"
+        key = trial_key(recipe, density, self.seed)
         known = self.journal.get(key) if self.journal else None
         row = known or self._measure(recipe, density)
         if known is None and self.journal:
@@ -159,11 +148,3 @@ class _Tries:
             prune(self.model, [], recipe, density=density, statistics=self.stats, seed=self.seed, progress=self.progress)
             loss = relative_loss(self.dense_nll, self.evaluate(self.model))
         return {"recipe": recipe.name, "allocation": describe(recipe.allocation), "density": density, "loss": loss.value, "interval": list(loss.interval)}
-
-
-def _key(batches: Sequence[Any], dense_nll: Tensor, seed: int) -> str:
-    digest = hashlib.sha256(dense_nll.double().cpu().numpy().tobytes() + str(seed).encode())
-    for batch in batches:
-        for value in batch.values() if isinstance(batch, Mapping) else [batch]:
-            digest.update(value.double().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

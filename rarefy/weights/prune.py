@@ -19,7 +19,7 @@ from rarefy.core.discover import methods, pick
 from rarefy.core.errors import BadInput
 from rarefy.core.exact import keep_count
 from rarefy.core.records import Member, Pruned, Recipe, Site, Units
-from rarefy.core.roles import Allocation, Criterion, Pattern, Statistic, asks
+from rarefy.core.roles import Allocation, Criterion, Pattern, Solver, Statistic, asks
 from rarefy.weights.blocks import Calls, capture, find_chain, run_block, uncached
 from rarefy.weights.checkpoint import Checkpoint, digest, pack, unpack
 from rarefy.weights.criteria.magnitude import Magnitude
@@ -152,7 +152,7 @@ class _Flow:
     def run(self, density: float, mode: str, known: Stats | None) -> list[dict[str, Any]]:
         needs = self.recipe.solver.needs
         dense: Stats = dict(known or {})
-        wanted = self._allocation_needs()
+        wanted = _allocation_needs(self.recipe.solver, self.allocation)
         whole = [n for n in dict.fromkeys((*wanted, *(n for n in needs if statistic(n).source == "gradient"))) if n not in dense]
         if whole:
             dense.update(collect_all(self.model, self.batches, self.sites, [statistic(n) for n in whole], loss=self.loss, progress=self.progress))
@@ -164,12 +164,6 @@ class _Flow:
         if not self.batches:
             raise BadInput(f"no calibration batches for {', '.join(rest)}", f"recipe {self.recipe.name} measures activations", "pass batches, or --calibration TEXT")
         return self._by_block(budget, dense, [statistic(n) for n in rest], mode)
-
-    def _allocation_needs(self) -> tuple[str, ...]:
-        return asks(self._criterion().scores) if "scores" in asks(self.allocation.counts) else ()
-
-    def _criterion(self) -> Criterion:
-        return getattr(self.recipe.solver, "criterion", None) or Magnitude()
 
     def _weight(self, site: Site) -> Tensor:
         return site.read(self.params[site.key].detach())
@@ -196,7 +190,7 @@ class _Flow:
         return reached
 
     def _scores(self, site: Site, stats: Stats) -> Tensor:
-        criterion = self._criterion()
+        criterion = _rating(self.recipe.solver)
         return criterion.scores(self._weight(site), generator=self._generator(site), **{n: stats[n][site.name] for n in asks(criterion.scores)})
 
     def _by_block(self, budget: Mapping[str, int], dense: Stats, statistics: list[Statistic], mode: str) -> list[dict[str, Any]]:
@@ -330,6 +324,28 @@ def relative_error(weight: Tensor, new: Tensor, hessian_CC: Tensor | None) -> fl
 
     signal = energy(weight)
     return (energy(weight - new) / signal) ** 0.5 if signal > 0 else 0.0
+
+
+def dense_statistics(recipes: Sequence[Recipe]) -> list[Statistic]:
+    """What must be collected on the dense model so that `prune(..., statistics=...)` can serve every recipe, errors included."""
+    names = {ERROR_STATISTIC}
+    for recipe in recipes:
+        names |= {*recipe.solver.needs, *_allocation_needs(recipe.solver, recipe.allocation)}
+    return [statistic(name) for name in sorted(names)]
+
+
+def trial_key(recipe: Recipe, density: float, seed: int) -> str:
+    """Names one try among those on the same model and data, by every hyper-parameter of its parts."""
+    return f"{recipe.name}|{recipe.solver}|{recipe.allocation}|{recipe.pattern}|{density}|{seed}"
+
+
+def _rating(solver: Solver) -> Criterion:
+    """What an allocation's scores are made by: the solver's criterion, or magnitude where it has none."""
+    return getattr(solver, "criterion", None) or Magnitude()
+
+
+def _allocation_needs(solver: Solver, allocation: Allocation) -> tuple[str, ...]:
+    return asks(_rating(solver).scores) if "scores" in asks(allocation.counts) else ()
 
 
 def statistic(name: str) -> Statistic:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rarefy.core.attach import exported
 from rarefy.core.errors import BadFile, BadInput, Refused
+from rarefy.core.files import write_atomic
 from rarefy.core.records import TrainRecipe
 from rarefy.core.roles import Task
 from rarefy.weights.sparsifier import Sparsifier
@@ -84,8 +84,8 @@ def train(
         record = _record(task, recipe, density, steps, seed, model, sparsifier)
         if folder is not None:
             tensors = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
-            _whole(folder / _MODEL, lambda draft: save_file(tensors, draft))
-            _whole(folder / _RECORD, lambda draft: Path(draft).write_text(json.dumps(record, indent=2) + "\n"))
+            write_atomic(folder / _MODEL, save(tensors))
+            write_atomic(folder / _RECORD, (json.dumps(record, indent=2) + "\n").encode())
     return record
 
 
@@ -94,17 +94,6 @@ def _record(task: Task, recipe: TrainRecipe, density: float, steps: int, seed: i
     measured = sum(int((w != 0).sum()) for w in sparsifier.weights.values()) / sum(w.numel() for w in sparsifier.weights.values())
     head = {"task": task.name, "recipe": recipe.name, "density_requested": density, "density": measured}
     return {**head, "metric": task.evaluate(model), "steps": steps, "seed": seed, "sites": sites}
-
-
-def _whole(path: Path, write: Callable[[str], Any]) -> None:
-    draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        write(str(draft))
-        with draft.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _save(path: Path, run: dict[str, Any], model: nn.Module, sparsifier: Sparsifier, optimizer: Optimizer) -> None:
@@ -123,7 +112,7 @@ def _save(path: Path, run: dict[str, Any], model: nn.Module, sparsifier: Sparsif
                 plain.setdefault(str(index), {})[name] = value
     scalars = {"run": run, "sparsifier": state, "groups": moments["param_groups"], "plain": plain}
     copies = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-    _whole(path, lambda draft: save_file(copies, draft, metadata={"rarefy": json.dumps(scalars)}))
+    write_atomic(path, save(copies, metadata={"rarefy": json.dumps(scalars)}))
 
 
 def _load(path: Path, run: dict[str, Any], model: nn.Module, sparsifier: Sparsifier, optimizer: Optimizer) -> None:

@@ -32,7 +32,7 @@ class SparseGPT(Solver):
     Patterns whose `span` is 1 are chosen per `block` columns, narrower ones (N:M) per `span` columns, structures that need the
     whole matrix (`span` 0), and everything under a `bound`, before the sweep. The dtype of the weight is kept; the
     arithmetic is float32, or float64 where a float32 factorisation fails. `notes` of each result say: damping, mask ("adaptive"
-    or what it was chosen by), error and error_mask_only (tr(E H E^T) with the undamped H, same mask), rows_not_updated.
+    or what it was chosen by), rows_not_updated.
 
     Raises:
         BadInput: a Hessian of the wrong shape, or one with NaN; the site is named.
@@ -40,7 +40,7 @@ class SparseGPT(Solver):
     Source: Frantar and Alistarh, SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, arXiv 2301.00774,
     Algorithm 1. Ours differs: U is the inverse of one flipped Cholesky factor instead of Cholesky, inverse, Cholesky; counts are
     exact; weights of dead inputs rank last but keep their value where the count reaches them; an output row whose
-    error rose (damping) keeps its values; where pruning by |w| or |w| ||x|| without update would be better, that mask is swept.
+    error rose (damping, and the order of the columns) keeps its values; where pruning by |w| or |w| ||x|| without update would be better, that mask is swept.
 
     >>> w = {"a": torch.tensor([[2., 1.]])}
     >>> h = {"a": torch.tensor([[2., 1.], [1., 2.]])}
