@@ -56,6 +56,19 @@ def test_balance_twin() -> None:
         balance_holds(counts_padding_and_differentiates_f)
 
 
+def differentiates_f(seen: Entry) -> Tensor:
+    assert seen.routing.scores is not None
+    p = seen.routing.scores.logits.softmax(-1)
+    p = (p if seen.context.valid is None else p[seen.context.valid]).mean(0)
+    return p.numel() * (p * p).sum()
+
+
+@check("switch", "balance loss is 1 when uniform, E when collapsed, and its gradient flows through P only", kind="twin")
+def test_balance_twin_that_is_wrong_in_its_gradient_alone() -> None:
+    with pytest.raises(AssertionError, match="not close"):
+        balance_holds(differentiates_f)
+
+
 def layer_holds(choice: type[Switch]) -> None:
     """C is respected, dropped rows are exactly 0, a lone expert equals the dense FFN, and the router learns from the task."""
     torch.manual_seed(0)
@@ -95,6 +108,28 @@ def test_layer() -> None:
 def test_layer_twin() -> None:
     with pytest.raises(AssertionError):
         layer_holds(Renormalised)
+
+
+def router_holds(router: Callable[[Linear, Tensor], Tensor]) -> None:
+    """Logits are computed in float32 from float32 and from bfloat16 rows, under bfloat16 autocast."""
+    affinity = Linear(6, 4)
+    rows = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    for x in (rows, rows.bfloat16()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = router(affinity, x)
+        assert logits.dtype == torch.float32
+        assert torch.equal(logits, x.float() @ affinity.weight.T)
+
+
+@check("switch", "the router computes in float32 under autocast", kind="method")
+def test_router_dtype() -> None:
+    router_holds(lambda affinity, x: affinity(x, Context(), None).logits)
+
+
+@check("switch", "the router computes in float32 under autocast", kind="twin")
+def test_router_dtype_twin_that_casts_afterwards() -> None:
+    with pytest.raises(AssertionError):
+        router_holds(lambda affinity, x: (x @ affinity.weight.T).float())
 
 
 def test_the_router_stays_float32_under_autocast_and_jitters_in_training_only() -> None:
