@@ -8,11 +8,13 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH  := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: install demo test check docs catalogue clean
+.PHONY: install demo test check docs catalogue sanitize without-compiler clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt requirements-demo.txt
+NATIVE := CMakeLists.txt $(wildcard rarefy/kernels/native/*)
+
+$(STAMP): pyproject.toml constraints.txt requirements-demo.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q $(TORCH)+cpu --no-deps --retries 0 --timeout 20 --index-url $(TORCH_INDEX) 2>/dev/null || $(PIP) install -q $(TORCH)
 	$(PIP) install -q -c constraints.txt -e '.[hub,tasks,dev]'
@@ -37,6 +39,19 @@ docs: install
 catalogue: install
 	$(BIN)/python -m pytest -m evidence --record-evidence
 	$(BIN)/rarefy catalogue --write
+
+# The kernels under the address and undefined-behaviour sanitizers.
+sanitize: install
+	rm -rf build/sanitized && $(PIP) wheel -q . --no-deps -w build/sanitized -C cmake.define.RAREFY_SANITIZE=ON -C build-dir=build/sanitize
+	$(BIN)/python -m zipfile -e build/sanitized/rarefy-*.whl build/sanitized
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	  RAREFY_REQUIRE_NATIVE=1 $(BIN)/python .ci/against.py build/sanitized -m pytest tests/test_kernels.py --noconftest -k "not openmp and not compiled"
+
+# An install without a C++ compiler is pure Python, and works.
+without-compiler: install
+	rm -rf build/pure && CXX=/bin/false CC=/bin/false $(PIP) wheel -q . --no-deps -w build/pure
+	$(BIN)/python -m zipfile -e build/pure/rarefy-*-py3-none-any.whl build/pure
+	$(BIN)/python .ci/against.py build/pure -c "from rarefy.kernels.library import describe; print(describe()); assert 'without a compiler' in describe()"
 
 clean:
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,50 @@
+// AVX2 and FMA: 8 lanes.
+#include "loops.hpp"
+#include <immintrin.h>
+
+namespace rarefy {
+namespace {
+// lanes[m][j]: which of the next values lane j takes where bit j of m is set; the top bit marks a lane without one.
+struct Lanes {
+  alignas(64) std::int32_t lane[256][8];
+  constexpr Lanes() : lane() {
+    for (int m = 0; m < 256; m++)
+      for (int j = 0, next = 0; j < 8; j++) lane[m][j] = m >> j & 1 ? next++ : std::int32_t(0x80000000u);
+  }
+};
+constexpr Lanes lanes;
+
+struct Avx2 {
+  static constexpr int width = 8;
+  using reg = __m256;
+  static reg zero() { return _mm256_setzero_ps(); }
+  static reg load(const float* p) { return _mm256_loadu_ps(p); }
+  static __m256i first(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+  static reg load_part(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
+  static void store_part(float* p, reg r, int n) {
+    if (n == width)
+      _mm256_storeu_ps(p, r);
+    else
+      _mm256_maskstore_ps(p, first(n), r);
+  }
+  static reg add(reg a, reg b) { return _mm256_add_ps(a, b); }
+  static reg fma(reg a, reg b, reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static float sum(reg v) {
+    __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_add_ss(a, _mm_shuffle_ps(a, a, 1)));
+  }
+  static reg place(reg packed, std::uint32_t bits) {
+    const __m256i lane = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes.lane[bits]));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(packed, lane), _mm256_setzero_ps(), _mm256_castsi256_ps(lane));
+  }
+  static reg expand(const float* values, std::uint32_t bits) { return place(_mm256_loadu_ps(values), bits); }
+  static reg expand_part(const float* values, std::uint32_t bits) { return place(load_part(values, __builtin_popcount(bits)), bits); }
+};
+} // namespace
+
+const Kernels& avx2() {
+  static constexpr Kernels table = kernels<Avx2>("avx2");
+  return table;
+}
+} // namespace rarefy

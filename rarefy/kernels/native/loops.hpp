@@ -1,0 +1,178 @@
+// The loops of every kernel, written once over a vector type V; each instruction set instantiates them.
+//   V::width, V::reg, zero(), set(f), load(p), load_part(p, n), store(p, v), fma(a, b, c), sum(v)
+//   V::expand(values, bits): lane j is the next value where bit j is set, else 0; reads V::width values
+//   V::expand_part: the same, and reads no value past the last one set
+#pragma once
+#include "kernels.hpp"
+#include <algorithm>
+#include <cstring>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace rarefy {
+
+constexpr int kTile = 8;           // rows of x that share one pass over a row of weights
+constexpr i64 kSerial = 1 << 16;   // multiply-adds below which one thread is faster than waking the others
+
+template <class Body> void parallel(i64 n, int threads, i64 work, const Body& body) {
+#ifdef _OPENMP
+  if (threads > 1 && work > kSerial && n > 1 && !omp_in_parallel()) {
+#pragma omp parallel num_threads(threads)
+    {
+      const i64 t = omp_get_thread_num(), all = omp_get_num_threads();
+      body(n * t / all, n * (t + 1) / all);
+    }
+    return;
+  }
+#else
+  (void)threads, (void)work;
+#endif
+  body(i64(0), n);
+}
+
+// Weights are read once and in order, but the hardware stops at page borders and gives up on short, shifting loads:
+// ask for what comes next ourselves, far ahead into the second cache and just ahead into the first.
+inline void prefetch(const void* p) {
+  __builtin_prefetch(static_cast<const char*>(p) + (24 << 10), 0, 2);
+  __builtin_prefetch(static_cast<const char*>(p) + 512, 0, 3);
+}
+
+template <class V> std::uint32_t bits_at(const std::uint8_t* bits, i64 column, i64 bytes) {
+  // The bits of columns column .. column + V::width, for a column that is a multiple of 8.
+  if (V::width == 8 || (column >> 3) + 1 >= bytes) return bits[column >> 3];
+  std::uint16_t two;
+  std::memcpy(&two, bits + (column >> 3), 2);
+  return two;
+}
+
+// The last rows must not read past the values; all others may, which saves masking every load.
+template <class V> i64 rows_that_may_overread(const Bitmask& w, i64 from, i64 to) {
+  while (to > from && w.start[to] + V::width > w.start[w.rows]) to--;
+  return to;
+}
+
+// R rows of weights against B rows of x, C vectors of columns at a time. Weights are expanded once and used B times.
+template <class V, int R, int C, int B, bool Overread> void bitmask_tile(const Bitmask& w, i64 row, const float* x, const float* bias, float* y) {
+  using reg = typename V::reg;
+  const i64 bytes = (w.columns + 7) / 8;
+  const std::uint8_t* bits[R];
+  const float* values[R];
+  reg sum[R][C][B];
+  for (int r = 0; r < R; r++) {
+    bits[r] = w.bits + (row + r) * bytes;
+    values[r] = w.values + w.start[row + r];
+    for (int c = 0; c < C; c++)
+      for (int b = 0; b < B; b++) sum[r][c][b] = V::zero();
+  }
+  i64 column = 0;
+  for (; column + C * V::width <= w.columns; column += C * V::width)
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < C; c++) {
+        const i64 at = column + c * V::width;
+        const std::uint32_t m = bits_at<V>(bits[r], at, bytes);
+        const reg weight = Overread ? V::expand(values[r], m) : V::expand_part(values[r], m);
+        if (Overread) prefetch(values[r]);
+        values[r] += __builtin_popcount(m);
+        for (int b = 0; b < B; b++) sum[r][c][b] = V::fma(weight, V::load(x + b * w.columns + at), sum[r][c][b]);
+      }
+  for (; column < w.columns; column += V::width) {
+    const int left = int(std::min<i64>(V::width, w.columns - column));
+    for (int r = 0; r < R; r++) {
+      const std::uint32_t m = bits_at<V>(bits[r], column, bytes);
+      const reg weight = V::expand_part(values[r], m);
+      values[r] += __builtin_popcount(m);
+      for (int b = 0; b < B; b++) sum[r][0][b] = V::fma(weight, V::load_part(x + b * w.columns + column, left), sum[r][0][b]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < B; b++) {
+      reg total = sum[r][0][b];
+      for (int c = 1; c < C; c++) total = V::add(total, sum[r][c][b]);
+      y[b * w.rows + row + r] = V::sum(total) + (bias ? bias[row + r] : 0.0f);
+    }
+}
+
+template <class V, int B> void bitmask_rows(const Bitmask& w, const float* x, const float* bias, float* y, i64 from, i64 to) {
+  constexpr int R = B > 4 ? 2 : 1, C = B == 1 ? 4 : B <= 4 ? 2 : 1;
+  const i64 safe = rows_that_may_overread<V>(w, from, to);
+  i64 row = from;
+  for (; row + R <= safe; row += R) bitmask_tile<V, R, C, B, true>(w, row, x, bias, y);
+  for (; row < to; row++) bitmask_tile<V, 1, 1, B, false>(w, row, x, bias, y);
+}
+
+// Four rows of weights against B rows of x.
+template <class V, int B> void dense_rows(const Dense& w, const float* x, const float* bias, float* y, i64 from, i64 to) {
+  using reg = typename V::reg;
+  constexpr int R = B > 4 ? 2 : 4;
+  i64 row = from;
+  for (; row < to; row += R) {
+    const int live = int(std::min<i64>(R, to - row));
+    const float* at[R];
+    for (int r = 0; r < R; r++) at[r] = w.values + (row + std::min(r, live - 1)) * w.columns;
+    reg sum[R][B];
+    for (int r = 0; r < R; r++)
+      for (int b = 0; b < B; b++) sum[r][b] = V::zero();
+    i64 column = 0;
+    for (; column + V::width <= w.columns; column += V::width) {
+      reg weight[R];
+      for (int r = 0; r < R; r++) weight[r] = V::load(at[r] + column), prefetch(at[r] + column);
+      for (int b = 0; b < B; b++) {
+        const reg in = V::load(x + b * w.columns + column);
+        for (int r = 0; r < R; r++) sum[r][b] = V::fma(weight[r], in, sum[r][b]);
+      }
+    }
+    if (column < w.columns) {
+      const int left = int(w.columns - column);
+      reg weight[R];
+      for (int r = 0; r < R; r++) weight[r] = V::load_part(at[r] + column, left);
+      for (int b = 0; b < B; b++) {
+        const reg in = V::load_part(x + b * w.columns + column, left);
+        for (int r = 0; r < R; r++) sum[r][b] = V::fma(weight[r], in, sum[r][b]);
+      }
+    }
+    for (int r = 0; r < live; r++)
+      for (int b = 0; b < B; b++) y[b * w.rows + row + r] = V::sum(sum[r][b]) + (bias ? bias[row + r] : 0.0f);
+  }
+}
+
+template <class Matrix> using RowsOf = void (*)(const Matrix&, const float*, const float*, float*, i64, i64);
+
+template <class Matrix> void over_batch(const RowsOf<Matrix> (&tile)[kTile], const Matrix& w, const float* x, const float* bias, float* y, i64 batch, int threads) {
+  parallel(w.rows, threads, w.rows * w.columns, [&](i64 from, i64 to) {
+    for (i64 b = 0; b < batch; b += kTile) tile[std::min<i64>(kTile, batch - b) - 1](w, x + b * w.columns, bias, y + b * w.rows, from, to);
+  });
+}
+
+template <class V> void bitmask(const Bitmask& w, const float* x, const float* bias, float* y, i64 batch, int threads) {
+  static constexpr RowsOf<Bitmask> tile[kTile] = {bitmask_rows<V, 1>, bitmask_rows<V, 2>, bitmask_rows<V, 3>, bitmask_rows<V, 4>,
+                                                  bitmask_rows<V, 5>, bitmask_rows<V, 6>, bitmask_rows<V, 7>, bitmask_rows<V, 8>};
+  over_batch(tile, w, x, bias, y, batch, threads);
+}
+
+template <class V> void dense(const Dense& w, const float* x, const float* bias, float* y, i64 batch, int threads) {
+  static constexpr RowsOf<Dense> tile[kTile] = {dense_rows<V, 1>, dense_rows<V, 2>, dense_rows<V, 3>, dense_rows<V, 4>,
+                                                dense_rows<V, 5>, dense_rows<V, 6>, dense_rows<V, 7>, dense_rows<V, 8>};
+  over_batch(tile, w, x, bias, y, batch, threads);
+}
+
+template <class V> void bitmask_unpack(const Bitmask& w, float* dense, int threads) {
+  const i64 bytes = (w.columns + 7) / 8;
+  parallel(w.rows, threads, w.rows * w.columns, [&](i64 from, i64 to) {
+    for (i64 row = from; row < to; row++) {
+      const std::uint8_t* bits = w.bits + row * bytes;
+      const float* values = w.values + w.start[row];
+      float* out = dense + row * w.columns;
+      for (i64 column = 0; column < w.columns; column += V::width) {
+        const int left = int(std::min<i64>(V::width, w.columns - column));
+        const std::uint32_t m = bits_at<V>(bits, column, bytes);
+        V::store_part(out + column, V::expand_part(values, m), left);
+        values += __builtin_popcount(m);
+      }
+    }
+  });
+}
+
+template <class V> constexpr Kernels kernels(const char* name) { return {name, bitmask<V>, bitmask_unpack<V>, dense<V>}; }
+
+} // namespace rarefy
