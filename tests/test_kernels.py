@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from rarefy.core.errors import BadFile
 from rarefy.kernels.bitmask import BitmaskMatrix, reference
+from rarefy.kernels.grouped import GroupedMatrix
+from rarefy.kernels.grouped import reference as grouped
 from rarefy.kernels.library import SWITCH, available, describe, instruction_set, native, pointer
 from rarefy.kernels.samples import samples
 
@@ -35,10 +37,13 @@ def poisoned(tensor: torch.Tensor) -> torch.Tensor:
     return inside.view(tensor.shape)
 
 
-def assert_is_product(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Within a few float32 roundings of the float64 product, relative to the terms that were added (they may cancel)."""
+def assert_is_product(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, parts: torch.Tensor | None = None) -> None:
+    """Within a few float32 roundings of the float64 product, relative to the terms that were added (they may cancel).
+
+    `parts` bounds the weights where a kernel adds them as several terms: |scale code| + |zero|.
+    """
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    terms = F.linear(x.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs())
+    terms = F.linear(x.double().abs(), (weight if parts is None else parts).double().abs(), None if bias is None else bias.double().abs())
     assert y.shape == exact.shape and (y.double() - exact).abs().le(1e-6 * terms).all()
 
 
@@ -153,3 +158,40 @@ print(len(lines), native().isa())
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert out[0] == "1"
+
+
+def grouped_case(weight, bits, asymmetric, keep, generator):
+    """Random codes and scales of the shape of `weight`, the groups of `keep` [O, G] stored."""
+    stored = int(keep.sum())
+    codes = torch.randint(0, 256, (stored, 32 * bits // 8), dtype=torch.uint8, generator=generator)
+    scale = (torch.rand(stored, generator=generator) + 0.01).half()
+    zero = torch.randn(stored, generator=generator).half() if asymmetric else None
+    return codes, scale, zero
+
+
+@NATIVE
+@pytest.mark.parametrize("isa", available())
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_grouped_equals_its_reference(isa, bits, asymmetric):
+    generator = torch.Generator().manual_seed(bits)
+    with instruction_set(isa):
+        for weight, x, bias in samples():
+            groups = -(-weight.shape[1] // 32)
+            for share in (0.4, 1.1):
+                keep = torch.rand(weight.shape[0], groups, generator=generator) < share
+                keep[0, 0] = True
+                codes, scale, zero = grouped_case(weight, bits, asymmetric, keep, generator)
+                matrix = GroupedMatrix(poisoned(codes), poisoned(scale), None if zero is None else poisoned(zero), keep, weight.shape[1], bits)
+                assert matrix.fast and (matrix.group is None) == bool(keep.all())
+                y = matrix.linear(poisoned(x), bias)
+                offset = scale.float() * 2 ** (bits - 1) if zero is None else zero.float().abs()
+                largest = torch.full_like(codes, 255)
+                parts = grouped.unpack(largest, scale, offset, keep, weight.shape[1], bits)  # kernels may centre the codes differently
+                assert_is_product(y, grouped.rounded(x), matrix.dense(), bias, parts)
+
+
+@NATIVE
+def test_grouped_refuses_codes_that_do_not_add_up():
+    with pytest.raises(BadFile, match="2 groups are present"):
+        GroupedMatrix(torch.zeros(1, 16, dtype=torch.uint8), torch.ones(1).half(), None, torch.ones(2, 1, dtype=torch.bool), 32, 4)

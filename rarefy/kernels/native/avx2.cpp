@@ -40,6 +40,24 @@ struct Avx2 {
   }
   static reg expand(const float* values, std::uint32_t bits) { return place(_mm256_loadu_ps(values), bits); }
   static reg expand_part(const float* values, std::uint32_t bits) { return place(load_part(values, __builtin_popcount(bits)), bits); }
+  static constexpr int groups = 1;
+  static constexpr float offset8 = 128; // maddubs would saturate on large unsigned codes: take them as signed
+  static void halves(const std::uint16_t* p, int n, float* out) {
+    std::uint16_t half[kChunk] = {};
+    std::memcpy(half, p, n * sizeof(half[0]));
+    for (int i = 0; i < kChunk; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i))));
+  }
+  template <int Bits> static __m256i codes(const std::uint8_t* p, int) {
+    if (Bits == 8) return _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_set1_epi8(char(0x80)));
+    const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_and_si256(_mm256_inserti128_si256(_mm256_castsi128_si256(both), _mm_srli_epi16(both, 4), 1), _mm256_set1_epi8(15));
+  }
+  static reg dot(reg sum, __m256i q, const std::int8_t* a, const std::int8_t*, float fa, float, bool wide) {
+    __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
+    if (wide) x = _mm256_sign_epi8(x, q), q = _mm256_abs_epi8(q);
+    const __m256i pairs = _mm256_madd_epi16(_mm256_maddubs_epi16(q, x), _mm256_set1_epi16(1));
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(pairs), _mm256_set1_ps(fa), sum);
+  }
 };
 } // namespace
 

@@ -40,6 +40,30 @@ struct Plain {
       if (bits >> i & 1) r.lane[i] = *values++;
     return r;
   }
+  static constexpr int groups = 1;
+  static constexpr float offset8 = 0;
+  struct qreg {
+    std::uint8_t lane[kGroup];
+  };
+  static void halves(const std::uint16_t* p, int n, float* out) {
+    for (int i = 0; i < n; i++) {
+      const std::uint32_t sign = std::uint32_t(p[i] & 0x8000) << 16, exponent = p[i] >> 10 & 31, fraction = p[i] & 1023;
+      std::uint32_t bits = exponent == 31 ? sign | 0x7f800000 | fraction << 13 : sign | (exponent + 112) << 23 | fraction << 13;
+      std::memcpy(out + i, &bits, 4);
+      if (exponent == 0) out[i] = (sign ? -1.0f : 1.0f) * std::ldexp(float(fraction), -24);
+    }
+  }
+  template <int Bits> static qreg codes(const std::uint8_t* p, int) {
+    qreg q;
+    for (int i = 0; i < kGroup; i++) q.lane[i] = Bits == 8 ? p[i] : i < 16 ? p[i] & 15 : p[i - 16] >> 4;
+    return q;
+  }
+  static reg dot(reg sum, const qreg& q, const std::int8_t* a, const std::int8_t*, float fa, float, bool) {
+    int total = 0;
+    for (int i = 0; i < kGroup; i++) total += q.lane[i] * a[i];
+    sum.lane[0] += fa * float(total);
+    return sum;
+  }
 };
 } // namespace
 

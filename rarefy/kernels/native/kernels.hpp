@@ -20,15 +20,16 @@ struct Dense {
   i64 rows, columns;
 };
 
-// Groups of 32 input columns share a scale (and, where `zeros` is set, an offset): w = scale * q + zero.
-// int8: 32 signed bytes a group. int4: 16 bytes a group, column c in the low half of byte c, column c + 16 in the high half; q = nibble.
-// `group` names the input group of each stored one, `per_row` of them a row, ascending; null where every group is stored.
+// Groups of 32 input columns share a scale and a zero: w = scale * code + zero, in float16; codes are unsigned.
+// 8 bits: 32 bytes a group. 4 bits: 16 bytes, column c in the low half of byte c, column c + 16 in the high half.
+// Columns past the last one have x = 0. Groups that are all zero need not be stored.
 struct Grouped {
   const std::uint8_t* codes;
-  const float* scales; // [O, per_row]
-  const float* zeros;  // [O, per_row] or null (then int4 codes count from -8)
-  const std::uint16_t* group;
-  i64 rows, columns, per_row;
+  const std::uint16_t* scale; // [stored]
+  const std::uint16_t* zero;  // [stored]; null: minus half the range of the codes, times the scale
+  const std::uint16_t* group; // [stored]: which input group, ascending in a row; null: every group is stored
+  const i64* start;           // [O + 1]: where the groups of each row begin
+  i64 rows, columns;
   int bits; // 4 or 8
 };
 
@@ -37,6 +38,8 @@ struct Kernels {
   // y [B, O] = x [B, I] W^T (+ bias [O])
   void (*bitmask)(const Bitmask&, const float* x, const float* bias, float* y, i64 batch, int threads);
   void (*bitmask_unpack)(const Bitmask&, float* dense, int threads);
+  // the same with x rounded to 8 bits in groups of 32, as the weights are
+  void (*grouped)(const Grouped&, const float* x, const float* bias, float* y, i64 batch, int threads);
   void (*dense)(const Dense&, const float* x, const float* bias, float* y, i64 batch, int threads);
 };
 

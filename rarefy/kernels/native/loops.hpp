@@ -5,7 +5,9 @@
 #pragma once
 #include "kernels.hpp"
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <vector>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -156,6 +158,101 @@ template <class V> void dense(const Dense& w, const float* x, const float* bias,
   over_batch(tile, w, x, bias, y, batch, threads);
 }
 
+constexpr int kGroup = 32;
+constexpr int kChunk = 16; // groups whose scales are prepared together
+
+// x [B, I] in 8 bits: code = rint(x * 127 / max|x|) over each group, and what the zeros of the weights multiply.
+struct Rounded {
+  i64 groups;
+  std::vector<std::int8_t> code; // [B, groups, 32]
+  std::vector<float> scale, sum; // [B, groups]: max|x| / 127, and scale times the sum of the codes
+
+  Rounded(const float* x, i64 batch, i64 columns) : groups((columns + kGroup - 1) / kGroup), code(batch * groups * kGroup), scale(batch * groups), sum(batch * groups) {
+    for (i64 b = 0; b < batch; b++)
+      for (i64 g = 0; g < groups; g++) round(x + b * columns + g * kGroup, std::min<i64>(kGroup, columns - g * kGroup), b * groups + g);
+  }
+
+  void round(const float* x, i64 n, i64 at) {
+    float in[kGroup] = {}, most = 0;
+    std::memcpy(in, x, n * sizeof(float));
+    for (float v : in) most = std::max(most, std::fabs(v));
+    const float inverse = most > 0 ? 127 / most : 0;
+    int total = 0;
+    std::int8_t* out = code.data() + at * kGroup;
+    for (int i = 0; i < kGroup; i++) {
+      const int q = int(std::nearbyint(in[i] * inverse));
+      out[i] = std::int8_t(q);
+      total += q;
+    }
+    scale[at] = most / 127;
+    sum[at] = scale[at] * float(total);
+  }
+};
+
+// One row of grouped weights against B rows of x. V::groups stored groups are decoded together and used B times.
+//   V::codes<Bits>(p, n): n groups of codes in a register; V::dot(sum, codes, a, b, fa, fb): sum += fa * (codes . a), and fb, b for a second group
+//   V::offset8: what V::dot has taken off 8-bit codes already, so that they are signed
+template <class V, int Bits, int B> void grouped_row(const Grouped& w, i64 row, const Rounded& x, i64 first, float* y, float bias) {
+  using reg = typename V::reg;
+  constexpr i64 bytes = kGroup * Bits / 8;
+  constexpr float middle = Bits == 4 ? 8.0f : 128.0f - V::offset8;
+  reg sum[B];
+  float rest[B] = {};
+  for (int b = 0; b < B; b++) sum[b] = V::zero();
+  const std::int8_t* code[B];
+  const float *scale[B], *total[B];
+  for (int b = 0; b < B; b++) {
+    const i64 at = (first + b) * x.groups;
+    code[b] = x.code.data() + at * kGroup, scale[b] = x.scale.data() + at, total[b] = x.sum.data() + at;
+  }
+  for (i64 k = w.start[row]; k < w.start[row + 1]; k += kChunk) {
+    const int n = int(std::min<i64>(kChunk, w.start[row + 1] - k));
+    float ws[kChunk], wz[kChunk], f[B][kChunk];
+    i64 group[kChunk];
+    V::halves(w.scale + k, n, ws);
+    if (w.zero) {
+      V::halves(w.zero + k, n, wz);
+      if (Bits == 8)
+        for (int u = 0; u < n; u++) wz[u] += V::offset8 * ws[u];
+    } else
+      for (int u = 0; u < n; u++) wz[u] = -middle * ws[u];
+    for (int u = 0; u < n; u++) group[u] = w.group ? w.group[k + u] : k - w.start[row] + u;
+    for (int b = 0; b < B; b++)
+      for (int u = 0; u < n; u++) {
+        f[b][u] = ws[u] * scale[b][group[u]];
+        rest[b] += wz[u] * total[b][group[u]];
+      }
+    const std::uint8_t* at = w.codes + k * bytes;
+    prefetch(at), prefetch(at + 64), prefetch(at + 128), prefetch(at + 192);
+    for (int u = 0; u < n; u += V::groups) {
+      const int v = V::groups == 2 && u + 1 < n ? u + 1 : u;
+      const auto q = V::template codes<Bits>(at + u * bytes, v - u + 1);
+      for (int b = 0; b < B; b++)
+        sum[b] = V::dot(sum[b], q, code[b] + group[u] * kGroup, code[b] + group[v] * kGroup, f[b][u], v > u ? f[b][v] : 0.0f, Bits == 8);
+    }
+  }
+  for (int b = 0; b < B; b++) y[(first + b) * w.rows + row] = V::sum(sum[b]) + rest[b] + bias;
+}
+
+template <class V, int Bits> void grouped_rows(const Grouped& w, const Rounded& x, const float* bias, float* y, i64 batch, i64 from, i64 to) {
+  for (i64 row = from; row < to; row++) {
+    const float add = bias ? bias[row] : 0.0f;
+    i64 b = 0;
+    for (; b + 4 <= batch; b += 4) grouped_row<V, Bits, 4>(w, row, x, b, y, add);
+    for (; b < batch; b++) grouped_row<V, Bits, 1>(w, row, x, b, y, add);
+  }
+}
+
+template <class V> void grouped(const Grouped& w, const float* x, const float* bias, float* y, i64 batch, int threads) {
+  const Rounded in(x, batch, w.columns);
+  parallel(w.rows, threads, w.rows * w.columns, [&](i64 from, i64 to) {
+    if (w.bits == 4)
+      grouped_rows<V, 4>(w, in, bias, y, batch, from, to);
+    else
+      grouped_rows<V, 8>(w, in, bias, y, batch, from, to);
+  });
+}
+
 template <class V> void bitmask_unpack(const Bitmask& w, float* dense, int threads) {
   const i64 bytes = (w.columns + 7) / 8;
   parallel(w.rows, threads, w.rows * w.columns, [&](i64 from, i64 to) {
@@ -173,6 +270,6 @@ template <class V> void bitmask_unpack(const Bitmask& w, float* dense, int threa
   });
 }
 
-template <class V> constexpr Kernels kernels(const char* name) { return {name, bitmask<V>, bitmask_unpack<V>, dense<V>}; }
+template <class V> constexpr Kernels kernels(const char* name) { return {name, bitmask<V>, bitmask_unpack<V>, grouped<V>, dense<V>}; }
 
 } // namespace rarefy

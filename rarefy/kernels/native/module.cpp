@@ -86,6 +86,29 @@ void bitmask_unpack(std::uintptr_t bits, std::uintptr_t starts, std::uintptr_t v
   current->bitmask_unpack(w, out, threads);
 }
 
+void grouped_linear(std::uintptr_t codes, std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t group, std::uintptr_t starts, i64 stored, i64 rows, i64 columns,
+                    int bits, std::uintptr_t x, std::uintptr_t bias, std::uintptr_t y, i64 batch, int threads) {
+  shape(rows, columns);
+  need(bits == 4 || bits == 8, "codes have 4 or 8 bits");
+  need(batch >= 0, "a batch is not negative");
+  const i64* start = at<const i64>(starts, "starts");
+  need(start[0] == 0 && start[rows] == stored, "the groups do not account for the codes");
+  if (batch == 0) return;
+  const Grouped w{at<const std::uint8_t>(codes, "codes"),
+                  at<const std::uint16_t>(scale, "scale"),
+                  zero ? at<const std::uint16_t>(zero, "zero") : nullptr,
+                  group ? at<const std::uint16_t>(group, "group") : nullptr,
+                  start,
+                  rows,
+                  columns,
+                  bits};
+  const float* in = at<const float>(x, "x");
+  float* out = at<float>(y, "y");
+  const float* add = bias ? at<const float>(bias, "bias") : nullptr;
+  nb::gil_scoped_release release;
+  current->grouped(w, in, add, out, batch, threads);
+}
+
 void dense_linear(std::uintptr_t weight, i64 rows, i64 columns, std::uintptr_t x, std::uintptr_t bias, std::uintptr_t y, i64 batch, int threads) {
   shape(rows, columns);
   need(batch >= 0, "a batch is not negative");
@@ -113,5 +136,6 @@ NB_MODULE(_native, m) {
   m.def("bitmask_starts", &bitmask_starts);
   m.def("bitmask_linear", &bitmask_linear);
   m.def("bitmask_unpack", &bitmask_unpack);
+  m.def("grouped_linear", &grouped_linear);
   m.def("dense_linear", &dense_linear);
 }

@@ -1,0 +1,59 @@
+"""The operation that layers call: native where it suits, the dense product elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rarefy.core.errors import BadFile
+from rarefy.kernels.grouped import reference
+from rarefy.kernels.grouped.reference import GROUP
+from rarefy.kernels.library import native, pointer, suits
+
+FEW = 16  # rows of x up to which the kernel multiplies; above, the weights are unpacked once and the dense product is faster
+
+
+class GroupedMatrix:
+    """A matrix [O, I] of which the groups `present` [O, G] are stored: codes uint8 [n, 32 or 16], scale and zero float16 [n].
+
+    Raises:
+        BadFile: the groups do not account for the codes.
+
+    >>> present = torch.tensor([[True], [False]])
+    >>> m = GroupedMatrix(torch.full((1, 32), 129, dtype=torch.uint8), torch.tensor([0.5]).half(), None, present, 3, 8)
+    >>> m.linear(torch.tensor([[127.0, 0.0, 1.0]])).tolist(), m.dense().tolist()
+    ([[64.0, 0.0]], [[0.5, 0.5, 0.5], [0.0, 0.0, 0.0]])
+    """
+
+    def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor | None, present: Tensor, columns: int, bits: int) -> None:
+        stored, groups = int(present.sum()), -(-columns // GROUP)
+        if codes.shape != (stored, GROUP * bits // 8) or scale.numel() != stored or present.shape[1] != groups or (zero is not None and zero.numel() != stored):
+            raise BadFile("a grouped matrix", f"{stored} groups are present and codes of {tuple(codes.shape)} are stored", "write the file again")
+        self.codes, self.scale, self.zero, self.present = codes, scale, zero, present
+        self.rows, self.columns, self.bits = present.shape[0], columns, bits
+        self.fast = native() is not None and codes.device.type == "cpu" and all(t.is_contiguous() for t in (codes, scale)) and stored > 0 and groups <= 2**16
+        if self.fast:
+            counts = present.sum(1)
+            self.start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            self.group = None if bool(present.all()) else present.nonzero()[:, 1].to(torch.uint16)
+
+    def dense(self) -> Tensor:
+        """The matrix [O, I] as float32."""
+        return reference.unpack(self.codes, self.scale, self.zero, self.present, self.columns, self.bits)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``y = x W^T + b``: x [..., I] -> y [..., O].
+
+        Few rows of x are rounded to 8 bits in groups of 32 (`reference.rounded`), as llama.cpp does; more are not.
+        """
+        batch = x.numel() // self.columns
+        if not (self.fast and batch <= FEW and suits(x, bias)):
+            return F.linear(x, self.dense().to(x.dtype), bias)
+        y = torch.empty(*x.shape[:-1], self.rows)
+        native().grouped_linear(*self._pointers(), pointer(x), pointer(bias), pointer(y), batch, torch.get_num_threads())  # type: ignore[union-attr]
+        return y
+
+    def _pointers(self) -> tuple[int, ...]:
+        matrix = (pointer(self.codes), pointer(self.scale), pointer(self.zero), pointer(self.group), pointer(self.start))
+        return *matrix, self.codes.shape[0], self.rows, self.columns, self.bits
