@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from rarefy.core.errors import BadFile
 from rarefy.hub.load import load
 from rarefy.hub.packed import PackedLinear, dequantize, save_packed
-from rarefy.layouts import bitmask
+from rarefy.layouts import LAYOUTS
 
 transformers = pytest.importorskip("transformers")
 GOLDEN = Path(__file__).parent / "golden" / "v1"
@@ -47,6 +47,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_round_trip_and_size(rows: int, columns: int, density: float, dtype: torch.dtype, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=g).to(dtype) * (torch.rand(rows, columns, generator=g) < density)
+    bitmask = LAYOUTS["bitmask"]
     packed = bitmask.pack(weight)
     bitmask.check(packed, (rows, columns), dtype, "w")
     assert torch.equal(bitmask.unpack(packed, (rows, columns), dtype), weight)

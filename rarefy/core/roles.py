@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Generator, Tensor, nn
 
 from rarefy.core.records import Delta, Entries, Paper, Progress, Pruned, Units
@@ -190,8 +191,43 @@ class Gate(nn.Module):
     """The same activations with exact zeros."""
 
 
+class Matrix(Protocol):
+    """A stored matrix [O, I], ready to compute with; it keeps the tensors that it was made of, uncopied."""
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``y = x W^T + b``: x [..., I] -> y [..., O]."""
+
+    def dense(self) -> Tensor:
+        """The matrix [O, I]."""
+
+
 class Layout(Role):
-    """How a choice is stored: pack, unpack, matmul, bytes."""
+    """How a choice is stored: a matrix [O, I] as one-dimensional bytes, back, and computed with as it lies.
+
+    `lossless`: every weight comes back bit for bit (a negative zero as a zero); else exact zeros do, and the others nearly.
+    """
+
+    lossless: ClassVar[bool]
+
+    @abstractmethod
+    def pack(self, weight: Tensor) -> Tensor:
+        """uint8 [bytes], a multiple of 64."""
+
+    @abstractmethod
+    def size(self, shape: tuple[int, int], kept: int, dtype: torch.dtype) -> int:
+        """The most bytes that a matrix of this shape with `kept` stored weights takes."""
+
+    @abstractmethod
+    def check(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype, name: str) -> None:
+        """Raise BadFile unless these bytes are a matrix of that shape: nothing that `matrix` does may read past them."""
+
+    @abstractmethod
+    def matrix(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Matrix:
+        """The matrix of bytes that `check` accepted; values of `dtype`."""
+
+    def unpack(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """The dense matrix [O, I] of `dtype`."""
+        return self.matrix(packed, shape, dtype).dense().to(dtype)
 
 
 class Policy(Role):
