@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from rarefy.layouts.bits import pack_bits, unpack_bits
 from rarefy.layouts.sections import aligned, join, split, up
 
 
+@dataclass(frozen=True)
 class Bitmask(Layout):
     """``up64(O * ceil(I / 8)) + up64(kept * itemsize)`` bytes; a negative zero is stored as a zero, NaN is kept.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from rarefy.layouts.sections import aligned, join, split, up
 HALF = torch.finfo(torch.float16).max
 
 
+@dataclass(frozen=True)
 class Grouped(Layout):
     """``w = scale * code + zero``, nearly, with a float16 scale, and zero if `asymmetric`, to each group of 32 columns of a row.
 
