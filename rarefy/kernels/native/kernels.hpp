@@ -33,14 +33,25 @@ struct Grouped {
   int bits; // 4 or 8
 };
 
+constexpr i64 kGroup = 32;
+
+// x [B, I] in 8 bits: code = rint(x * 127 / max|x|) over each group of 32.
+struct Rounded {
+  i64 groups;
+  std::int8_t* code;  // [B, groups, 32]
+  float *scale, *sum; // [B, groups]: max|x| / 127, and the scale times the sum of the codes, which zeros multiply
+};
+
 struct Kernels {
   const char* name;
-  // y [B, O] = x [B, I] W^T (+ bias [O])
-  void (*bitmask)(const Bitmask&, const float* x, const float* bias, float* y, i64 batch, int threads);
-  void (*bitmask_unpack)(const Bitmask&, float* dense, int threads);
-  // the same with x rounded to 8 bits in groups of 32, as the weights are
-  void (*grouped)(const Grouped&, const float* x, const float* bias, float* y, i64 batch, int threads);
-  void (*dense)(const Dense&, const float* x, const float* bias, float* y, i64 batch, int threads);
+  // y [B, O] = x [B, I] W^T (+ bias [O]) for the output rows from .. to
+  void (*bitmask)(const Bitmask&, const float* x, const float* bias, float* y, i64 batch, i64 from, i64 to);
+  void (*dense)(const Dense&, const float* x, const float* bias, float* y, i64 batch, i64 from, i64 to);
+  void (*grouped)(const Grouped&, const Rounded& x, const float* bias, float* y, i64 batch, i64 from, i64 to);
+  void (*round)(const float* x, i64 batch, i64 columns, const Rounded& out);
+  void (*bitmask_unpack)(const Bitmask&, float* dense, i64 from, i64 to);
+  float (*dot)(const float* a, const float* b, i64 n);
+  void (*add)(float* y, const float* x, float scale, i64 n); // y += scale * x
 };
 
 const Kernels& generic();

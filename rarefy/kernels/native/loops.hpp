@@ -7,31 +7,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace rarefy {
 
-constexpr int kTile = 8;           // rows of x that share one pass over a row of weights
-constexpr i64 kSerial = 1 << 16;   // multiply-adds below which one thread is faster than waking the others
-
-template <class Body> void parallel(i64 n, int threads, i64 work, const Body& body) {
-#ifdef _OPENMP
-  if (threads > 1 && work > kSerial && n > 1 && !omp_in_parallel()) {
-#pragma omp parallel num_threads(threads)
-    {
-      const i64 t = omp_get_thread_num(), all = omp_get_num_threads();
-      body(n * t / all, n * (t + 1) / all);
-    }
-    return;
-  }
-#else
-  (void)threads, (void)work;
-#endif
-  body(i64(0), n);
-}
+constexpr int kTile = 8; // rows of x that share one pass over a row of weights
 
 // Weights are read once and in order, but the hardware stops at page borders and gives up on short, shifting loads:
 // ask for what comes next ourselves, far ahead into the second cache and just ahead into the first.
@@ -140,54 +119,43 @@ template <class V, int B> void dense_rows(const Dense& w, const float* x, const 
 
 template <class Matrix> using RowsOf = void (*)(const Matrix&, const float*, const float*, float*, i64, i64);
 
-template <class Matrix> void over_batch(const RowsOf<Matrix> (&tile)[kTile], const Matrix& w, const float* x, const float* bias, float* y, i64 batch, int threads) {
-  parallel(w.rows, threads, w.rows * w.columns, [&](i64 from, i64 to) {
-    for (i64 b = 0; b < batch; b += kTile) tile[std::min<i64>(kTile, batch - b) - 1](w, x + b * w.columns, bias, y + b * w.rows, from, to);
-  });
+template <class Matrix> void over_batch(const RowsOf<Matrix> (&tile)[kTile], const Matrix& w, const float* x, const float* bias, float* y, i64 batch, i64 from, i64 to) {
+  for (i64 b = 0; b < batch; b += kTile) tile[std::min<i64>(kTile, batch - b) - 1](w, x + b * w.columns, bias, y + b * w.rows, from, to);
 }
 
-template <class V> void bitmask(const Bitmask& w, const float* x, const float* bias, float* y, i64 batch, int threads) {
+template <class V> void bitmask(const Bitmask& w, const float* x, const float* bias, float* y, i64 batch, i64 from, i64 to) {
   static constexpr RowsOf<Bitmask> tile[kTile] = {bitmask_rows<V, 1>, bitmask_rows<V, 2>, bitmask_rows<V, 3>, bitmask_rows<V, 4>,
                                                   bitmask_rows<V, 5>, bitmask_rows<V, 6>, bitmask_rows<V, 7>, bitmask_rows<V, 8>};
-  over_batch(tile, w, x, bias, y, batch, threads);
+  over_batch(tile, w, x, bias, y, batch, from, to);
 }
 
-template <class V> void dense(const Dense& w, const float* x, const float* bias, float* y, i64 batch, int threads) {
+template <class V> void dense(const Dense& w, const float* x, const float* bias, float* y, i64 batch, i64 from, i64 to) {
   static constexpr RowsOf<Dense> tile[kTile] = {dense_rows<V, 1>, dense_rows<V, 2>, dense_rows<V, 3>, dense_rows<V, 4>,
                                                 dense_rows<V, 5>, dense_rows<V, 6>, dense_rows<V, 7>, dense_rows<V, 8>};
-  over_batch(tile, w, x, bias, y, batch, threads);
+  over_batch(tile, w, x, bias, y, batch, from, to);
 }
 
-constexpr int kGroup = 32;
 constexpr int kChunk = 16; // groups whose scales are prepared together
 
-// x [B, I] in 8 bits: code = rint(x * 127 / max|x|) over each group, and what the zeros of the weights multiply.
-struct Rounded {
-  i64 groups;
-  std::vector<std::int8_t> code; // [B, groups, 32]
-  std::vector<float> scale, sum; // [B, groups]: max|x| / 127, and scale times the sum of the codes
-
-  Rounded(const float* x, i64 batch, i64 columns) : groups((columns + kGroup - 1) / kGroup), code(batch * groups * kGroup), scale(batch * groups), sum(batch * groups) {
-    for (i64 b = 0; b < batch; b++)
-      for (i64 g = 0; g < groups; g++) round(x + b * columns + g * kGroup, std::min<i64>(kGroup, columns - g * kGroup), b * groups + g);
-  }
-
-  void round(const float* x, i64 n, i64 at) {
-    float in[kGroup] = {}, most = 0;
-    std::memcpy(in, x, n * sizeof(float));
-    for (float v : in) most = std::max(most, std::fabs(v));
-    const float inverse = most > 0 ? 127 / most : 0;
-    int total = 0;
-    std::int8_t* out = code.data() + at * kGroup;
-    for (int i = 0; i < kGroup; i++) {
-      const int q = int(std::nearbyint(in[i] * inverse));
-      out[i] = std::int8_t(q);
-      total += q;
+template <class V> void round(const float* x, i64 batch, i64 columns, const Rounded& out) {
+  for (i64 b = 0; b < batch; b++)
+    for (i64 g = 0; g < out.groups; g++) {
+      const i64 at = b * out.groups + g;
+      float in[kGroup] = {}, most = 0;
+      std::memcpy(in, x + b * columns + g * kGroup, std::min<i64>(kGroup, columns - g * kGroup) * sizeof(float));
+      for (float v : in) most = std::max(most, std::fabs(v));
+      const float inverse = most > 0 ? 127 / most : 0;
+      int total = 0;
+      std::int8_t* code = out.code + at * kGroup;
+      for (int i = 0; i < kGroup; i++) {
+        const int q = int(std::nearbyint(in[i] * inverse));
+        code[i] = std::int8_t(q);
+        total += q;
+      }
+      out.scale[at] = most / 127;
+      out.sum[at] = out.scale[at] * float(total);
     }
-    scale[at] = most / 127;
-    sum[at] = scale[at] * float(total);
-  }
-};
+}
 
 // One row of grouped weights against B rows of x. V::groups stored groups are decoded together and used B times.
 //   V::codes<Bits>(p, n): n groups of codes in a register; V::dot(sum, codes, a, b, fa, fb): sum += fa * (codes . a), and fb, b for a second group
@@ -203,7 +171,7 @@ template <class V, int Bits, int B> void grouped_row(const Grouped& w, i64 row, 
   const float *scale[B], *total[B];
   for (int b = 0; b < B; b++) {
     const i64 at = (first + b) * x.groups;
-    code[b] = x.code.data() + at * kGroup, scale[b] = x.scale.data() + at, total[b] = x.sum.data() + at;
+    code[b] = x.code + at * kGroup, scale[b] = x.scale + at, total[b] = x.sum + at;
   }
   for (i64 k = w.start[row]; k < w.start[row + 1]; k += kChunk) {
     const int n = int(std::min<i64>(kChunk, w.start[row + 1] - k));
@@ -243,33 +211,37 @@ template <class V, int Bits> void grouped_rows(const Grouped& w, const Rounded& 
   }
 }
 
-template <class V> void grouped(const Grouped& w, const float* x, const float* bias, float* y, i64 batch, int threads) {
-  const Rounded in(x, batch, w.columns);
-  parallel(w.rows, threads, w.rows * w.columns, [&](i64 from, i64 to) {
-    if (w.bits == 4)
-      grouped_rows<V, 4>(w, in, bias, y, batch, from, to);
-    else
-      grouped_rows<V, 8>(w, in, bias, y, batch, from, to);
-  });
+template <class V> void grouped(const Grouped& w, const Rounded& x, const float* bias, float* y, i64 batch, i64 from, i64 to) {
+  (w.bits == 4 ? grouped_rows<V, 4> : grouped_rows<V, 8>)(w, x, bias, y, batch, from, to);
 }
 
-template <class V> void bitmask_unpack(const Bitmask& w, float* dense, int threads) {
+template <class V> void bitmask_unpack(const Bitmask& w, float* dense, i64 from, i64 to) {
   const i64 bytes = (w.columns + 7) / 8;
-  parallel(w.rows, threads, w.rows * w.columns, [&](i64 from, i64 to) {
-    for (i64 row = from; row < to; row++) {
-      const std::uint8_t* bits = w.bits + row * bytes;
-      const float* values = w.values + w.start[row];
-      float* out = dense + row * w.columns;
-      for (i64 column = 0; column < w.columns; column += V::width) {
-        const int left = int(std::min<i64>(V::width, w.columns - column));
-        const std::uint32_t m = bits_at<V>(bits, column, bytes);
-        V::store_part(out + column, V::expand_part(values, m), left);
-        values += __builtin_popcount(m);
-      }
+  for (i64 row = from; row < to; row++) {
+    const std::uint8_t* bits = w.bits + row * bytes;
+    const float* values = w.values + w.start[row];
+    float* out = dense + row * w.columns;
+    for (i64 column = 0; column < w.columns; column += V::width) {
+      const int left = int(std::min<i64>(V::width, w.columns - column));
+      const std::uint32_t m = bits_at<V>(bits, column, bytes);
+      V::store_part(out + column, V::expand_part(values, m), left);
+      values += __builtin_popcount(m);
     }
-  });
+  }
 }
 
-template <class V> constexpr Kernels kernels(const char* name) { return {name, bitmask<V>, bitmask_unpack<V>, grouped<V>, dense<V>}; }
+template <class V> float dot(const float* a, const float* b, i64 n) {
+  typename V::reg sum = V::zero();
+  i64 i = 0;
+  for (; i + V::width <= n; i += V::width) sum = V::fma(V::load(a + i), V::load(b + i), sum);
+  if (i < n) sum = V::fma(V::load_part(a + i, int(n - i)), V::load_part(b + i, int(n - i)), sum);
+  return V::sum(sum);
+}
+
+template <class V> void add(float* y, const float* x, float scale, i64 n) {
+  for (i64 i = 0; i < n; i++) y[i] += scale * x[i];
+}
+
+template <class V> constexpr Kernels kernels(const char* name) { return {name, bitmask<V>, dense<V>, grouped<V>, round<V>, bitmask_unpack<V>, dot<V>, add<V>}; }
 
 } // namespace rarefy

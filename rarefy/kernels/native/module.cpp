@@ -1,9 +1,11 @@
 // What Python sees. Every call checks sizes and bounds before a pointer is used: a crafted file reaches these lines.
 #include "kernels.hpp"
+#include "threads.hpp"
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace nb = nanobind;
 using namespace rarefy;
@@ -76,14 +78,14 @@ void bitmask_linear(std::uintptr_t bits, std::uintptr_t starts, std::uintptr_t v
   float* out = at<float>(y, "y");
   const float* add = bias ? at<const float>(bias, "bias") : nullptr;
   nb::gil_scoped_release release;
-  current->bitmask(w, in, add, out, batch, threads);
+  parallel(rows, threads, rows * columns, [&](i64 from, i64 to) { current->bitmask(w, in, add, out, batch, from, to); });
 }
 
 void bitmask_unpack(std::uintptr_t bits, std::uintptr_t starts, std::uintptr_t values, i64 count, i64 rows, i64 columns, std::uintptr_t dense, int threads) {
   const Bitmask w = bitmask_of(bits, starts, values, count, rows, columns);
   float* out = at<float>(dense, "dense");
   nb::gil_scoped_release release;
-  current->bitmask_unpack(w, out, threads);
+  parallel(rows, threads, rows * columns, [&](i64 from, i64 to) { current->bitmask_unpack(w, out, from, to); });
 }
 
 void grouped_linear(std::uintptr_t codes, std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t group, std::uintptr_t starts, i64 stored, i64 rows, i64 columns,
@@ -106,7 +108,12 @@ void grouped_linear(std::uintptr_t codes, std::uintptr_t scale, std::uintptr_t z
   float* out = at<float>(y, "y");
   const float* add = bias ? at<const float>(bias, "bias") : nullptr;
   nb::gil_scoped_release release;
-  current->grouped(w, in, add, out, batch, threads);
+  const i64 groups = (columns + kGroup - 1) / kGroup;
+  std::vector<std::int8_t> code(batch * groups * kGroup);
+  std::vector<float> figures(2 * batch * groups);
+  const Rounded rounded{groups, code.data(), figures.data(), figures.data() + batch * groups};
+  current->round(in, batch, columns, rounded);
+  parallel(rows, threads, rows * columns, [&](i64 from, i64 to) { current->grouped(w, rounded, add, out, batch, from, to); });
 }
 
 void dense_linear(std::uintptr_t weight, i64 rows, i64 columns, std::uintptr_t x, std::uintptr_t bias, std::uintptr_t y, i64 batch, int threads) {
@@ -118,7 +125,7 @@ void dense_linear(std::uintptr_t weight, i64 rows, i64 columns, std::uintptr_t x
   float* out = at<float>(y, "y");
   const float* add = bias ? at<const float>(bias, "bias") : nullptr;
   nb::gil_scoped_release release;
-  current->dense(w, in, add, out, batch, threads);
+  parallel(rows, threads, rows * columns, [&](i64 from, i64 to) { current->dense(w, in, add, out, batch, from, to); });
 }
 
 } // namespace
