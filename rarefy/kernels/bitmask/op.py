@@ -47,7 +47,7 @@ class BitmaskMatrix:
         if not (self.fast and native() is not None and not torch.compiler.is_compiling()):
             return reference.unpack(self.bits, self.values, self.columns)
         out = torch.empty(self.rows, self.columns)
-        native().bitmask_unpack(*self._pointers(), pointer(out), torch.get_num_threads())  # type: ignore[union-attr]
+        native().bitmask_unpack(*self.arguments(), pointer(out), torch.get_num_threads())  # type: ignore[union-attr]
         return out
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -56,8 +56,11 @@ class BitmaskMatrix:
         if not (self.fast and batch <= FEW and suits(x, bias)):
             return F.linear(x, self.dense().to(x.dtype), bias)
         y = torch.empty(*x.shape[:-1], self.rows)
-        native().bitmask_linear(*self._pointers(), pointer(x), pointer(bias), pointer(y), batch, torch.get_num_threads())  # type: ignore[union-attr]
+        native().bitmask_linear(*self.arguments(), pointer(x), pointer(bias), pointer(y), batch, torch.get_num_threads())  # type: ignore[union-attr]
         return y
 
-    def _pointers(self) -> tuple[int, int, int, int, int, int]:
+    kind = "bitmask"
+
+    def arguments(self) -> tuple[int, ...]:
+        """What the native side takes a matrix of this kind by."""
         return pointer(self.bits), pointer(self.start), pointer(self.values), self.values.numel(), self.rows, self.columns

@@ -51,9 +51,12 @@ class GroupedMatrix:
         if not (self.fast and batch <= FEW and suits(x, bias)):
             return F.linear(x, self.dense().to(x.dtype), bias)
         y = torch.empty(*x.shape[:-1], self.rows)
-        native().grouped_linear(*self._pointers(), pointer(x), pointer(bias), pointer(y), batch, torch.get_num_threads())  # type: ignore[union-attr]
+        native().grouped_linear(*self.arguments(), pointer(x), pointer(bias), pointer(y), batch, torch.get_num_threads())  # type: ignore[union-attr]
         return y
 
-    def _pointers(self) -> tuple[int, ...]:
+    kind = "grouped"
+
+    def arguments(self) -> tuple[int, ...]:
+        """What the native side takes a matrix of this kind by."""
         matrix = (pointer(self.codes), pointer(self.scale), pointer(self.zero), pointer(self.group), pointer(self.start))
         return *matrix, self.codes.shape[0], self.rows, self.columns, self.bits

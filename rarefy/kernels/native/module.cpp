@@ -1,10 +1,7 @@
 // What Python sees. Every call checks sizes and bounds before a pointer is used: a crafted file reaches these lines.
-#include "kernels.hpp"
+#include "bindings.hpp"
 #include "threads.hpp"
-#include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 namespace nb = nanobind;
@@ -33,18 +30,6 @@ void use(const std::string& name) {
   current = found;
 }
 
-template <class T> T* at(std::uintptr_t address, const char* what) {
-  if (!address) throw std::invalid_argument(std::string(what) + " is a null pointer");
-  if (address % alignof(T)) throw std::invalid_argument(std::string(what) + " is not aligned to its type");
-  return reinterpret_cast<T*>(address);
-}
-
-void need(bool holds, const char* rule) {
-  if (!holds) throw std::invalid_argument(rule);
-}
-
-void shape(i64 rows, i64 columns) { need(rows > 0 && columns > 0 && rows < (i64(1) << 31) && columns < (i64(1) << 31), "rows and columns must be in [1, 2^31)"); }
-
 // starts [rows + 1] from the bits; returns the number of values they ask for.
 i64 bitmask_starts(std::uintptr_t bits, i64 bits_size, std::uintptr_t starts, i64 rows, i64 columns) {
   shape(rows, columns);
@@ -60,13 +45,6 @@ i64 bitmask_starts(std::uintptr_t bits, i64 bits_size, std::uintptr_t starts, i6
   }
   to[rows] = total;
   return total;
-}
-
-Bitmask bitmask_of(std::uintptr_t bits, std::uintptr_t starts, std::uintptr_t values, i64 count, i64 rows, i64 columns) {
-  shape(rows, columns);
-  const i64* start = at<const i64>(starts, "starts");
-  need(start[0] == 0 && start[rows] == count, "the bit mask does not account for the values");
-  return {at<const std::uint8_t>(bits, "bits"), start, at<const float>(values, "values"), rows, columns};
 }
 
 void bitmask_linear(std::uintptr_t bits, std::uintptr_t starts, std::uintptr_t values, i64 count, i64 rows, i64 columns, std::uintptr_t x, std::uintptr_t bias,
@@ -90,20 +68,9 @@ void bitmask_unpack(std::uintptr_t bits, std::uintptr_t starts, std::uintptr_t v
 
 void grouped_linear(std::uintptr_t codes, std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t group, std::uintptr_t starts, i64 stored, i64 rows, i64 columns,
                     int bits, std::uintptr_t x, std::uintptr_t bias, std::uintptr_t y, i64 batch, int threads) {
-  shape(rows, columns);
-  need(bits == 4 || bits == 8, "codes have 4 or 8 bits");
   need(batch >= 0, "a batch is not negative");
-  const i64* start = at<const i64>(starts, "starts");
-  need(start[0] == 0 && start[rows] == stored, "the groups do not account for the codes");
+  const Grouped w = grouped_of(codes, scale, zero, group, starts, stored, rows, columns, bits);
   if (batch == 0) return;
-  const Grouped w{at<const std::uint8_t>(codes, "codes"),
-                  at<const std::uint16_t>(scale, "scale"),
-                  zero ? at<const std::uint16_t>(zero, "zero") : nullptr,
-                  group ? at<const std::uint16_t>(group, "group") : nullptr,
-                  start,
-                  rows,
-                  columns,
-                  bits};
   const float* in = at<const float>(x, "x");
   float* out = at<float>(y, "y");
   const float* add = bias ? at<const float>(bias, "bias") : nullptr;
@@ -130,6 +97,31 @@ void dense_linear(std::uintptr_t weight, i64 rows, i64 columns, std::uintptr_t x
 
 } // namespace
 
+const Kernels* in_use() { return current; }
+
+Bitmask bitmask_of(std::uintptr_t bits, std::uintptr_t starts, std::uintptr_t values, i64 count, i64 rows, i64 columns) {
+  shape(rows, columns);
+  const i64* start = at<const i64>(starts, "starts");
+  need(start[0] == 0 && start[rows] == count, "the bit mask does not account for the values");
+  return {at<const std::uint8_t>(bits, "bits"), start, at<const float>(values, "values"), rows, columns};
+}
+
+Grouped grouped_of(std::uintptr_t codes, std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t group, std::uintptr_t starts, i64 stored, i64 rows, i64 columns,
+                   int bits) {
+  shape(rows, columns);
+  need(bits == 4 || bits == 8, "codes have 4 or 8 bits");
+  const i64* start = at<const i64>(starts, "starts");
+  need(start[0] == 0 && start[rows] == stored, "the groups do not account for the codes");
+  return {at<const std::uint8_t>(codes, "codes"),
+          at<const std::uint16_t>(scale, "scale"),
+          zero ? at<const std::uint16_t>(zero, "zero") : nullptr,
+          group ? at<const std::uint16_t>(group, "group") : nullptr,
+          start,
+          rows,
+          columns,
+          bits};
+}
+
 NB_MODULE(_native, m) {
   m.def("isa", [] { return std::string(current->name); });
   m.def("use", &use);
@@ -145,4 +137,5 @@ NB_MODULE(_native, m) {
   m.def("bitmask_unpack", &bitmask_unpack);
   m.def("grouped_linear", &grouped_linear);
   m.def("dense_linear", &dense_linear);
+  bind_decoder(m);
 }

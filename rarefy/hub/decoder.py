@@ -1,0 +1,173 @@
+"""A Llama-family model of transformers whose decoding runs in native code, under transformers' own `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from rarefy.core.errors import BadInput, Refused
+from rarefy.kernels.dense import DenseMatrix
+from rarefy.runtime.decoder import Block, Decoder, KeyValues, Sizes
+
+# {config field: what it must be}; anything else changes what a layer computes, and is refused by name.
+FAMILIES: dict[str, str] = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
+FIELDS: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "mlp_bias": (False, None),
+    "attention_bias": (False, None),
+    "pretraining_tp": (1, None),
+    "sliding_window": (None,),
+    "use_sliding_window": (False, None),
+    "is_encoder_decoder": (False,),
+}
+
+
+class DecoderCache(Cache):
+    """The cache that transformers carries from one call to the next."""
+
+    def __init__(self, store: KeyValues, length: int = 0) -> None:
+        self.store, self.seen = store, length
+        self.layers: list[Any] = []
+        self.layer_class_to_replicate = None
+        self.offloading = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.seen
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return -1
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return True
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.store.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.store.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.store.select(torch.arange(len(self.store.length)).repeat_interleave(repeats))
+
+    def crop(self, max_length: int) -> None:
+        raise Refused("assisted generation", "the decoder's cache does not take tokens back", "generate without an assistant model")
+
+
+def use_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """Let the model's cached forwards, and so `generate`, run in native code, in place.
+
+    Calls without a cache (scoring, training) run through transformers as before. Sampling, stopping, streaming, beams and
+    batches of prompts are transformers' own. The weights are read where they lie: changing them in place changes the results,
+    replacing them does not.
+
+    Returns:
+        The model; `model.rarefy_decoder` is the `Decoder`.
+
+    Raises:
+        BadInput: an architecture, config field or layer outside what the native code computes; it is named.
+        Refused: without native kernels.
+    """
+    decoder = build(model)
+    model.__dict__["rarefy_decoder"] = decoder
+    model.__dict__["forward"] = _forward(decoder, model.forward)
+    return model
+
+
+def _forward(decoder: Decoder, through_transformers: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> Any:
+        unusual = [name for name in ("inputs_embeds", "labels", "output_attentions", "output_hidden_states") if kwargs.get(name) is not None and kwargs[name] is not False]
+        ours = isinstance(past_key_values, DecoderCache)
+        if ours and unusual:
+            raise Refused(f"{unusual[0]} with a decoder cache", "the native decoder gives logits only", "call the model without past_key_values")
+        fresh = past_key_values is None or past_key_values.get_seq_length() == 0
+        if not ours and (unusual or not use_cache or not fresh or input_ids is None):
+            return through_transformers(
+                input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs
+            )
+        assert input_ids is not None
+        cache = past_key_values if ours else DecoderCache(decoder.cache(input_ids.shape[0]))
+        valid = None if attention_mask is None else _last(attention_mask, input_ids.shape[1])
+        with torch.no_grad():
+            logits = decoder.step(input_ids, cache.store, valid, logits_to_keep)
+        cache.seen += input_ids.shape[1]
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    return forward
+
+
+def _last(mask: Tensor, columns: int) -> Tensor:
+    if mask.dim() != 2:
+        raise Refused(f"an attention mask of {mask.dim()} dimensions", "the decoder reads a padding mask [sequences, tokens]")
+    return mask[:, -columns:]
+
+
+def build(model: Any) -> Decoder:
+    """The `Decoder` of a model; see `use_decoder`."""
+    config = model.config
+    _whitelisted(model, config)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    sizes = Sizes(
+        config.hidden_size, config.intermediate_size, heads, kv_heads, head_dim, config.vocab_size, config.num_hidden_layers, config.max_position_embeddings, config.rms_norm_eps
+    )
+    inside = model.model
+    cos, sin = inside.rotary_emb(torch.zeros(1), torch.arange(sizes.positions)[None])
+    half = head_dim // 2
+    return Decoder(
+        sizes,
+        [_block(layer, f"model.layers.{number}") for number, layer in enumerate(inside.layers)],
+        inside.embed_tokens.weight.detach(),
+        inside.norm.weight.detach(),
+        _matrix(model.lm_head, "lm_head")[0],
+        cos[0, :, :half].float().contiguous(),
+        sin[0, :, :half].float().contiguous(),
+    )
+
+
+def _whitelisted(model: Any, config: Any) -> None:
+    kind = type(model).__name__
+    if kind not in FAMILIES:
+        raise BadInput(f"a {kind}", f"the native decoder knows {', '.join(FAMILIES)}", "run it through transformers")
+    for name, allowed in FIELDS.items():
+        value = getattr(config, name, allowed[0])
+        if value not in allowed:
+            raise BadInput(f"{name}={value!r} of the config", f"the native decoder computes {name}={allowed[0]!r}", "run it through transformers")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ("default", "llama3", "linear"):  # fixed frequencies: read from the model's own table
+        raise BadInput(f"rope_type={rope!r} of the config", "the native decoder computes default, linear and llama3", "run it through transformers")
+
+
+def _block(layer: Any, path: str) -> Block:
+    attention, mlp = layer.self_attn, layer.mlp
+    modules = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "o": attention.o_proj, "gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj}
+    linears = {name: _matrix(module, f"{path} {name}") for name, module in modules.items()}
+    return Block(linears, layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach())
+
+
+def _matrix(module: Any, where: str) -> tuple[Any, Tensor | None]:
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise BadInput(f"{where} has forward hooks", "the native decoder would not run them", "remove them, or run the model through transformers")
+    bias = None if module.bias is None else module.bias.detach()
+    if type(module) is nn.Linear:
+        return DenseMatrix(module.weight), bias
+    matrix = getattr(module, "matrix", None)
+    if matrix is None:
+        raise BadInput(f"{where} is a {type(module).__name__}", "the native decoder computes plain and packed linear layers", "run it through transformers")
+    return matrix(), bias

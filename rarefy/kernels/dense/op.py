@@ -1,0 +1,43 @@
+"""Our dense product for few rows of x, torch's for many. `torch.nn.functional.linear` is the reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rarefy.kernels.library import native, pointer, suits
+
+FEW = 8  # rows of x up to which our kernel is the faster one
+
+
+class DenseMatrix:
+    """A dense matrix [O, I], kept as it is.
+
+    >>> DenseMatrix(torch.tensor([[1.0, 2.0]])).linear(torch.tensor([[3.0, 4.0]])).tolist()
+    [[11.0]]
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight.detach()
+        self.rows, self.columns = weight.shape
+        self.fast = suits(self.weight)
+
+    def dense(self) -> Tensor:
+        """The matrix itself."""
+        return self.weight
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``y = x W^T + b``: x [..., I] -> y [..., O]."""
+        batch = x.numel() // self.columns
+        if not (self.fast and batch <= FEW and suits(x, bias)):
+            return F.linear(x, self.weight.to(x.dtype), bias)
+        y = torch.empty(*x.shape[:-1], self.rows)
+        native().dense_linear(*self.arguments(), pointer(x), pointer(bias), pointer(y), batch, torch.get_num_threads())  # type: ignore[union-attr]
+        return y
+
+    kind = "dense"
+
+    def arguments(self) -> tuple[int, ...]:
+        """What the native side takes a matrix of this kind by."""
+        return pointer(self.weight), self.rows, self.columns

@@ -1,0 +1,26 @@
+// Checks that stand between Python and a pointer.
+#pragma once
+#include "kernels.hpp"
+#include <nanobind/nanobind.h>
+#include <stdexcept>
+#include <string>
+
+template <class T> T* at(std::uintptr_t address, const char* what) {
+  if (!address) throw std::invalid_argument(std::string(what) + " is a null pointer");
+  if (address % alignof(T)) throw std::invalid_argument(std::string(what) + " is not aligned to its type");
+  return reinterpret_cast<T*>(address);
+}
+
+inline void need(bool holds, const char* rule) {
+  if (!holds) throw std::invalid_argument(rule);
+}
+
+inline void shape(rarefy::i64 rows, rarefy::i64 columns) {
+  need(rows > 0 && columns > 0 && rows < (rarefy::i64(1) << 31) && columns < (rarefy::i64(1) << 31), "rows and columns must be in [1, 2^31)");
+}
+
+const rarefy::Kernels* in_use();
+rarefy::Bitmask bitmask_of(std::uintptr_t bits, std::uintptr_t starts, std::uintptr_t values, rarefy::i64 count, rarefy::i64 rows, rarefy::i64 columns);
+rarefy::Grouped grouped_of(std::uintptr_t codes, std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t group, std::uintptr_t starts, rarefy::i64 stored, rarefy::i64 rows,
+                           rarefy::i64 columns, int bits);
+void bind_decoder(nanobind::module_& m);

@@ -1,0 +1,199 @@
+// Every thread runs the whole step and computes its share of the rows; a barrier stands where one needs what others wrote.
+// What is cheap (norms, rounding to 8 bits) each thread does for itself, which saves barriers.
+#include "decoder.hpp"
+#include "threads.hpp"
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace rarefy {
+namespace {
+
+struct Scratch { // of one thread
+  std::vector<float> in, figures, score;
+  std::vector<std::int8_t> code;
+  Rounded rounded{};
+  const float* rounded_of = nullptr;
+};
+
+struct Shared { // [N, .] of all threads
+  std::vector<float> x, q, k, v, mixed, gate, up;
+};
+
+class Worker {
+public:
+  Worker(const Kernels& kernels, const Model& model, const Cache& cache, const Tokens& tokens, Shared& shared, int thread, int threads)
+      : run(kernels), m(model), cache(cache), tokens(tokens), n(tokens.count), s(shared), t(thread), all(threads) {
+    mine.in.resize(n * std::max(m.hidden, std::max(m.inner, m.heads * m.head_dim)));
+  }
+
+  void forward(const i64* wanted, i64 many, float* logits) {
+    if (t == 0)
+      for (i64 r = 0; r < n; r++) std::memcpy(&s.x[r * m.hidden], m.embedding + tokens.id[r] * m.hidden, m.hidden * sizeof(float));
+    wait();
+    for (std::size_t l = 0; l < m.layers.size(); l++) layer(m.layers[l], i64(l));
+    for (i64 r = 0; r < many; r++) norm(&s.x[wanted[r] * m.hidden], m.final_norm, &mine.in[r * m.hidden]);
+    fresh();
+    linear(m.head, mine.in.data(), nullptr, logits, many);
+  }
+
+private:
+  void layer(const Layer& w, i64 l) {
+    for (i64 r = 0; r < n; r++) norm(&s.x[r * m.hidden], w.input_norm, &mine.in[r * m.hidden]);
+    fresh();
+    linear(w.q, mine.in.data(), w.q_bias, s.q.data(), n);
+    linear(w.k, mine.in.data(), w.k_bias, s.k.data(), n);
+    linear(w.v, mine.in.data(), w.v_bias, s.v.data(), n);
+    wait();
+    remember(l);
+    wait();
+    attend(l);
+    wait();
+    add_linear(w.o, s.mixed.data());
+    wait();
+    for (i64 r = 0; r < n; r++) norm(&s.x[r * m.hidden], w.post_norm, &mine.in[r * m.hidden]);
+    fresh();
+    linear(w.gate, mine.in.data(), nullptr, s.gate.data(), n);
+    linear(w.up, mine.in.data(), nullptr, s.up.data(), n);
+    const Share rows(m.inner, t, all); // what this thread has just written
+    for (i64 r = 0; r < n; r++)
+      for (i64 i = rows.from; i < rows.to; i++) {
+        float& g = s.gate[r * m.inner + i];
+        g = g / (1 + std::exp(-g)) * s.up[r * m.inner + i];
+      }
+    wait();
+    add_linear(w.down, s.gate.data());
+    wait();
+  }
+
+  void norm(const float* x, const float* gain, float* out) const {
+    const float mean = run.dot(x, x, m.hidden) / float(m.hidden);
+    const float scale = 1 / std::sqrt(mean + m.eps);
+    for (i64 i = 0; i < m.hidden; i++) out[i] = x[i] * scale * gain[i];
+  }
+
+  // y [batch, O] = x W^T + bias, this thread's rows.
+  void linear(const Linear& w, const float* x, const float* bias, float* y, i64 batch) {
+    if (const Dense* d = std::get_if<Dense>(&w)) {
+      const Share rows(d->rows, t, all);
+      run.dense(*d, x, bias, y, batch, rows.from, rows.to);
+    } else if (const Bitmask* b = std::get_if<Bitmask>(&w)) {
+      const Share rows(b->rows, t, all);
+      run.bitmask(*b, x, bias, y, batch, rows.from, rows.to);
+    } else {
+      const Grouped& g = std::get<Grouped>(w);
+      const Share rows(g.rows, t, all);
+      run.grouped(g, rounded(x, batch, g.columns), bias, y, batch, rows.from, rows.to);
+    }
+  }
+
+  // x [N, hidden] += in W^T, this thread's rows.
+  void add_linear(const Linear& w, const float* in) {
+    fresh();
+    std::vector<float>& y = mine.score;
+    y.resize(n * m.hidden);
+    linear(w, in, nullptr, y.data(), n);
+    const Share rows(m.hidden, t, all);
+    for (i64 r = 0; r < n; r++) run.add(&s.x[r * m.hidden + rows.from], &y[r * m.hidden + rows.from], 1.0f, rows.to - rows.from);
+  }
+
+  void fresh() { mine.rounded_of = nullptr; }
+
+  const Rounded& rounded(const float* x, i64 batch, i64 columns) {
+    if (mine.rounded_of != x) {
+      const i64 groups = (columns + kGroup - 1) / kGroup;
+      mine.code.resize(batch * groups * kGroup);
+      mine.figures.resize(2 * batch * groups);
+      mine.rounded = {groups, mine.code.data(), mine.figures.data(), mine.figures.data() + batch * groups};
+      run.round(x, batch, columns, mine.rounded);
+      mine.rounded_of = x;
+    }
+    return mine.rounded;
+  }
+
+  float* key(i64 l, i64 sequence, i64 head, i64 position) const { return cache.key + place(l, sequence, head, position); }
+  float* value(i64 l, i64 sequence, i64 head, i64 position) const { return cache.value + place(l, sequence, head, position); }
+  i64 place(i64 l, i64 sequence, i64 head, i64 position) const {
+    return (((l * cache.sequences + sequence) * m.kv_heads + head) * cache.capacity + position) * m.head_dim;
+  }
+
+  void rotate(float* x, i64 position) const {
+    const i64 half = m.head_dim / 2;
+    const float *cos = m.cos + position * half, *sin = m.sin + position * half;
+    for (i64 i = 0; i < half; i++) {
+      const float a = x[i], b = x[i + half];
+      x[i] = a * cos[i] - b * sin[i];
+      x[i + half] = b * cos[i] + a * sin[i];
+    }
+  }
+
+  // Rotate this thread's share of queries and keys, and write keys and values to the cache.
+  void remember(i64 l) {
+    for (i64 job = t; job < n * m.kv_heads; job += all) {
+      const i64 r = job / m.kv_heads, head = job % m.kv_heads, group = m.heads / m.kv_heads;
+      for (i64 h = head * group; h < (head + 1) * group; h++) rotate(&s.q[(r * m.heads + h) * m.head_dim], tokens.position[r]);
+      float* k = &s.k[(r * m.kv_heads + head) * m.head_dim];
+      rotate(k, tokens.position[r]);
+      std::memcpy(key(l, tokens.sequence[r], head, tokens.position[r]), k, m.head_dim * sizeof(float));
+      std::memcpy(value(l, tokens.sequence[r], head, tokens.position[r]), &s.v[(r * m.kv_heads + head) * m.head_dim], m.head_dim * sizeof(float));
+    }
+  }
+
+  void attend(i64 l) {
+    const i64 group = m.heads / m.kv_heads;
+    const float scale = 1 / std::sqrt(float(m.head_dim));
+    for (i64 job = t; job < n * m.heads; job += all) {
+      const i64 r = job / m.heads, h = job % m.heads, length = tokens.position[r] + 1;
+      const float* q = &s.q[(r * m.heads + h) * m.head_dim];
+      const float* keys = key(l, tokens.sequence[r], h / group, 0);
+      const float* values = value(l, tokens.sequence[r], h / group, 0);
+      mine.score.resize(std::max<std::size_t>(mine.score.size(), length));
+      float most = -INFINITY, total = 0;
+      for (i64 p = 0; p < length; p++) most = std::max(most, mine.score[p] = scale * run.dot(q, keys + p * m.head_dim, m.head_dim));
+      float* out = &s.mixed[(r * m.heads + h) * m.head_dim];
+      std::fill(out, out + m.head_dim, 0.0f);
+      for (i64 p = 0; p < length; p++) {
+        const float e = std::exp(mine.score[p] - most);
+        total += e;
+        run.add(out, values + p * m.head_dim, e, m.head_dim);
+      }
+      for (i64 i = 0; i < m.head_dim; i++) out[i] /= total;
+    }
+  }
+
+  void wait() const {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+  }
+
+  const Kernels& run;
+  const Model& m;
+  const Cache& cache;
+  const Tokens& tokens;
+  const i64 n;
+  Shared& s;
+  const int t, all;
+  Scratch mine;
+};
+
+} // namespace
+
+void step(const Kernels& kernels, const Model& m, const Cache& cache, const Tokens& tokens, const i64* wanted, i64 many, float* logits, int threads) {
+  const i64 n = tokens.count;
+  Shared shared{std::vector<float>(n * m.hidden),           std::vector<float>(n * m.heads * m.head_dim), std::vector<float>(n * m.kv_heads * m.head_dim),
+                std::vector<float>(n * m.kv_heads * m.head_dim), std::vector<float>(n * m.heads * m.head_dim), std::vector<float>(n * m.inner),
+                std::vector<float>(n * m.inner)};
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    Worker(kernels, m, cache, tokens, shared, omp_get_thread_num(), omp_get_num_threads()).forward(wanted, many, logits);
+    return;
+  }
+#else
+  (void)threads;
+#endif
+  Worker(kernels, m, cache, tokens, shared, 0, 1).forward(wanted, many, logits);
+}
+
+} // namespace rarefy
