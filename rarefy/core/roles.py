@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Generator, Tensor, nn
 
-from rarefy.core.records import Delta, Entries, Paper, Progress, Pruned, Units
+from rarefy.core.records import Access, Delta, Entries, Key, Paper, Progress, Pruned, Units
 
 
 class Role(ABC):
@@ -195,7 +195,22 @@ class Layout(Role):
 
 
 class Policy(Role):
-    """What leaves a full cache, what to fetch: sees records, never changes results."""
+    """What leaves a full cache: sees records of what the cache did, and never changes a result.
+
+    A frozen part; its running state is a plain dict (ints, strings, lists, dicts, tensors) that the cache keeps and
+    checkpoints. A policy that needs the future carries it as `trace`, the keys of every use in order.
+    """
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    @abstractmethod
+    def observe(self, state: dict[str, Any], access: Access) -> dict[str, Any]:
+        """The state after one use, found or loaded."""
+
+    @abstractmethod
+    def evict(self, state: dict[str, Any], resident: Sequence[Key], needed: Sequence[Key]) -> Key:
+        """The one of `resident` that leaves for needed[0]; what follows in `needed` is used later in this call, in order, as far as known."""
 
 
 class Task(Role):
