@@ -145,7 +145,14 @@ class Penalty(Role):
 
 
 class View(nn.Module):
-    """The weight that the forward sees. Learned tensors live here, additive keys only; the raw weight is always an argument."""
+    """The weight that the forward sees. Learned tensors live here, additive keys only; the raw weight is always an argument.
+
+    `examples` are the instances that the contract suite runs, on a weight of shape (6, 8).
+    """
+
+    @classmethod
+    def examples(cls) -> tuple[Any, ...]:
+        return (cls(),)
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The contract of a Statistic: streamed, order does not matter, inputs untouched."""
+"""The contract of a Statistic: streamed, order does not matter, inputs untouched, dead inputs exactly zero."""
 
 from __future__ import annotations
 
@@ -36,3 +36,19 @@ def an_input_statistic_streams(part: Statistic) -> None:
     for piece in torch.split(whole, 5):
         state = part.update(state, piece)
     assert torch.allclose(part.finish(state), once, rtol=1e-4, atol=1e-4), f"{part!r}: batches do not add up to the whole"
+
+
+@contract(Statistic)
+def a_dead_input_stays_exactly_zero(part: Statistic) -> None:
+    if part.source != "input":
+        return
+    weight = figures.weight(6, 8)
+    whole = figures.rows(weight)
+    whole[:, [2, 5]] = 0.0
+    state = part.start(weight)
+    for piece in torch.split(whole, 5):
+        state = part.update(state, piece)
+    found = part.finish(state)
+    assert not bool(found[..., [2, 5]].any()), f"{part!r}: an input that is always zero does not have an exact zero"
+    live = [0, 1, 3, 4, 6, 7]
+    assert bool((found.reshape(-1, 8)[:, live] != 0).any(0).all()), f"{part!r}: an input that is not zero looks dead"
