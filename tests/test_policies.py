@@ -155,6 +155,29 @@ def test_a_state_of_another_policy_or_size_is_refused_and_an_oracle_holds_to_its
         Cache(0, LRU(), lambda key: key)
 
 
+def test_what_leaves_is_gone_before_the_next_is_read_and_a_failed_read_can_be_repeated() -> None:
+    broken, during = {3}, []
+
+    def load(key: int) -> int:
+        during.append(len(cache.resident))
+        if key in broken:
+            raise OSError("no such expert")
+        return key
+
+    cache: Cache[int] = Cache(2, LRU(), load)
+    for key in (0, 1, 2):
+        cache.fetch(key)
+    with pytest.raises(OSError, match="no such expert"):
+        cache.fetch(3)
+    assert (cache.hits, cache.misses) == (0, 3) and cache.resident == (2,)
+    broken.clear()
+    assert [cache.fetch(key) for key in (3, 2, 0)] == [3, 2, 0] and cache.resident == (2, 0)
+    assert during == [0, 1, 1, 1, 1, 1]
+    fresh: Cache[int] = Cache(2, LRU(), lambda key: during.append(len(fresh.resident)) or key)
+    fresh.load_state_dict(cache.state_dict())
+    assert fresh.resident == (2, 0) and max(during[-2:]) < 2
+
+
 # Policies of papers that the role carries as it is: `needed` says what this call still uses, keys may be (layer, expert).
 
 
