@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,8 +99,17 @@ def test_the_least_frequently_used_leaves_and_ties_go_to_the_older() -> None:
     cache = replay((0, 0, 1, 1, 1, 2), 3, LFU())
     cache.fetch(3)
     assert cache.resident == (0, 1, 3)
-    cache.fetch(2)  # 2 was used once before it left, like 3; 3 was the last used, and 2 is being loaded
+    cache.fetch(2)  # sends 3 away, used once
     assert cache.resident == (0, 1, 2)
+    cache.fetch(4)  # 2 was used twice, once before it left; so was 0, and longer ago
+    assert cache.resident == (1, 2, 4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(trace=TRACES, size=st.integers(1, 4))
+def test_states_stay_as_small_as_what_they_remember(trace: tuple[int, ...], size: int) -> None:
+    assert sorted(replay(trace, size, LRU()).state_dict()["state"]["order"]) == sorted(replay(trace, size, LRU()).resident)
+    assert replay(trace, size, LFU()).state_dict()["state"]["uses"] == Counter(trace)
 
 
 @pytest.mark.parametrize("policy", [*ONLINE, "belady"], ids=repr)
