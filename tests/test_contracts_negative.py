@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from rarefy.core.exact import split_budget, topk_mask
-from rarefy.core.records import Delta, Entries, Progress, Pruned, StatePolicy, Units
-from rarefy.core.roles import Allocation, Criterion, Pattern, Schedule, Solver, View
+from rarefy.core.records import Delta, Entries, Event, Progress, Pruned, StatePolicy, Units
+from rarefy.core.roles import Allocation, Criterion, Pattern, Rewiring, Schedule, Solver, Statistic, Trigger, View
 from rarefy.testing.contract import contracts_of
 from rarefy.weights.patterns.unstructured import PerMatrix
 from rarefy.weights.rewiring.set import SET
 from rarefy.weights.schedules.cosine import Cosine
 from rarefy.weights.solvers.sparsegpt import SparseGPT
 from rarefy.weights.statistics.input import InputNorm
+from rarefy.weights.triggers.plateau import Plateau
 from rarefy.weights.views.soft_threshold import SoftThreshold
 
 
@@ -51,6 +52,24 @@ class Solving(Solver):
 
     def solve(self, weights: Mapping[str, Tensor], budget: Mapping[str, int], *, stats: Any, pattern: Pattern, bound: Any = None, generator: Any = None) -> dict[str, Pruned]:
         return {name: self.made(weight, stats["hessian"][name], pattern, budget[name]) for name, weight in weights.items()}
+
+
+class Loses(Solving):
+    """One fewer than asked."""
+
+    def made(self, weight: Tensor, hessian: Tensor, pattern: Pattern, count: int) -> Pruned:
+        good = super().made(weight, hessian, pattern, count)
+        mask = good.mask & (good.mask.flatten().cumsum(0) > 1).view(weight.shape)
+        return Pruned(torch.where(mask, good.weight, torch.zeros((), dtype=weight.dtype)), mask)
+
+
+class Borrows(Solving):
+    """Works in the weight that it is given."""
+
+    def made(self, weight: Tensor, hessian: Tensor, pattern: Pattern, count: int) -> Pruned:
+        good = super().made(weight, hessian, pattern, count)
+        weight.mul_(good.mask)
+        return good
 
 
 class Overshoots(Solving):
@@ -93,6 +112,64 @@ class Scribbles(PerMatrix):
         return found
 
 
+class Miscounts(PerMatrix):
+    name = "miscounts"
+
+    def mask(self, scores: Tensor, count: int, bound: Tensor | None = None) -> Tensor:
+        return topk_mask(scores, max(count - 1, 0), bound)
+
+
+class Flips(PerMatrix):
+    """Keeps the smallest."""
+
+    name = "flips"
+
+    def mask(self, scores: Tensor, count: int, bound: Tensor | None = None) -> Tensor:
+        return topk_mask(-scores, count, bound)
+
+
+class LastOfEquals(PerMatrix):
+    name = "last-of-equals"
+
+    def mask(self, scores: Tensor, count: int, bound: Tensor | None = None) -> Tensor:
+        return topk_mask(scores.flatten().flip(0), count, None if bound is None else bound.flatten().flip(0)).flip(0).view(scores.shape)
+
+
+class Unbound(PerMatrix):
+    name = "unbound"
+
+    def mask(self, scores: Tensor, count: int, bound: Tensor | None = None) -> Tensor:
+        return topk_mask(scores, count)
+
+
+class RanksNaN(PerMatrix):
+    name = "ranks-nan"
+
+    def mask(self, scores: Tensor, count: int, bound: Tensor | None = None) -> Tensor:
+        return topk_mask(scores.nan_to_num(0.0), min(count, scores.numel()), bound)
+
+
+class HalfPrecision(Criterion):
+    name = "half-precision"
+
+    def scores(self, weight: Tensor, *, generator: Any = None) -> Tensor:
+        return weight.abs()
+
+
+class Moody(Criterion):
+    name = "moody"
+
+    def scores(self, weight: Tensor, *, generator: Any = None) -> Tensor:
+        return weight.abs().float() * (1 + torch.rand(weight.shape))
+
+
+class LikesZero(Criterion):
+    name = "likes-zero"
+
+    def scores(self, weight: Tensor, *, generator: Any = None) -> Tensor:
+        return 1 / (1 + weight.abs().float())
+
+
 class Signed(Criterion):
     name = "signed"
 
@@ -112,6 +189,39 @@ class AllDead(InputNorm):
 
     def finish(self, state: dict[str, Tensor]) -> Tensor:
         return super().finish(state) * 0
+
+
+class OnlyTheLast(InputNorm):
+    name = "only-the-last"
+
+    def update(self, state: dict[str, Tensor], seen: Tensor) -> dict[str, Tensor]:
+        return super().update(self.start(seen), seen)
+
+
+class PerBatch(InputNorm):
+    """The sum of the batches' norms: the order does not matter, their size does."""
+
+    name = "per-batch"
+
+    def update(self, state: dict[str, Tensor], seen: Tensor) -> dict[str, Tensor]:
+        return {"square": state["square"] + seen.double().norm(dim=0)}
+
+
+class Approximate(Allocation):
+    name = "approximate"
+
+    def counts(self, units: Sequence[Units], budget: int) -> dict[str, int]:
+        density = budget / sum(u.numel for u in units)
+        return {u.name: round(u.numel * density) for u in units}
+
+
+class TakesAnything(Allocation):
+    name = "takes-anything"
+
+    def counts(self, units: Sequence[Units], budget: int) -> dict[str, int]:
+        low, high = sum(u.floor for u in units), sum(u.limit for u in units)
+        split = split_budget([u.numel for u in units], min(max(budget, low), high), floors=[u.floor for u in units], caps=[u.limit for u in units])
+        return dict(zip((u.name for u in units), split, strict=True))
 
 
 class Seesaw(Allocation):
@@ -204,6 +314,29 @@ class NoPolicy(SET):
     policy: ClassVar[StatePolicy] = None  # type: ignore[assignment]
 
 
+class Impatient(Plateau):
+    """Counts in the state that it is given."""
+
+    name = "impatient"
+
+    def observe(self, state: dict[str, Any], sparsifier: Any, event: Event) -> tuple[dict[str, Any], bool]:
+        state["bad"] += 1
+        return state, state["bad"] >= self.patience
+
+
+class Secretive(Plateau):
+    """Its state holds what a checkpoint cannot."""
+
+    name = "secretive"
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "why": Plateau}
+
+    def observe(self, state: dict[str, Any], sparsifier: Any, event: Event) -> tuple[dict[str, Any], bool]:
+        now, done = super().observe(state, sparsifier, event)
+        return {**state, **now}, done
+
+
 class InPlace(View):
     def forward(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
@@ -256,6 +389,22 @@ class Remembers(View):
 
 
 BROKEN = [
+    (Loses(), "zeros_and_counts_are_exact", "kept, .* asked"),
+    (Borrows(), "the_input_stays_as_it_was", "changed the weight"),
+    (Miscounts(), "counts_are_the_nearest_reachable", "nearest says"),
+    (Flips(), "masks_are_idempotent", "changes the mask"),
+    (LastOfEquals(), "equal_scores_keep_an_exact_count", "the lower index is kept"),
+    (Unbound(), "bounds_are_respected", "keeps a forbidden entry"),
+    (RanksNaN(), "nan_scores_are_refused", "ranks NaN"),
+    (HalfPrecision(), "scores_are_float32_of_the_weights_shape", "bfloat16"),
+    (Moody(), "scoring_is_pure", "give other scores"),
+    (LikesZero(), "zero_weights_are_rated_least", "rates a zero weight above another"),
+    (OnlyTheLast(), "order_of_batches_does_not_matter", "depends on the order"),
+    (PerBatch(), "an_input_statistic_streams", "do not add up"),
+    (Approximate(), "totals_are_exact_within_floors_and_caps", "does not add up|leaves floors"),
+    (TakesAnything(), "an_impossible_budget_is_refused", "outside floors and caps"),
+    (Impatient(), "observing_is_pure", "changes the state"),
+    (Secretive(), "a_stopped_trigger_goes_on_alike", "its state must be plain"),
     (Overshoots(), "never_worse_than_the_mask_alone", "is worse than its own mask alone"),
     (NotFinite(), "never_worse_than_the_mask_alone", "not finite"),
     (LovesTheDead(), "dead_inputs_go_first_where_inputs_matter", "weights of dead inputs"),
@@ -295,6 +444,13 @@ def test_a_broken_part_is_caught_by_the_check_that_looks_for_it(part: Any, check
     assert re.search(message, found[check]), found[check]
 
 
+def test_every_check_has_a_part_that_it_catches() -> None:
+    """The policies' are in test_policies.py."""
+    toys = {check for _, check, _ in BROKEN}
+    for role in (Statistic, Criterion, Allocation, Pattern, Solver, Schedule, Rewiring, Trigger, View):
+        assert {f.__name__ for f in contracts_of(role)} <= toys
+
+
 def test_the_parts_that_the_toys_are_made_of_are_whole() -> None:
-    for part in (SparseGPT(), PerMatrix(), InputNorm(), Cosine(0.3, 100), SET(), SoftThreshold(0.0)):
+    for part in (SparseGPT(), PerMatrix(), InputNorm(), Cosine(0.3, 100), SET(), Plateau(), SoftThreshold(0.0)):
         assert caught(part) == {}

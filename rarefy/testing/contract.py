@@ -60,6 +60,18 @@ def _must_fail(function: Contract, part: Any, reason: str) -> None:
     raise AssertionError(f"{part!r} declares an exception to {function.__name__} ({reason}) and keeps the contract: remove the exception")
 
 
+def through_a_file(part: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """A part's running state, saved and loaded as a checkpoint would: plain containers, numbers, strings and tensors."""
+    saved = io.BytesIO()
+    try:
+        torch.save(state, saved)
+        saved.seek(0)
+        loaded: dict[str, Any] = torch.load(saved, weights_only=True)
+    except Exception as error:
+        raise AssertionError(f"{part!r}: its state must be plain, and is {state}") from error
+    return loaded
+
+
 @contract(Role)
 def has_a_name(part: Any) -> None:
     assert type(part).__dict__.get("name"), f"{type(part).__name__} needs a name of its own"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from rarefy.core.roles import Policy
 from rarefy.runtime.cache import Cache, replay
 from rarefy.runtime.policies.belady import Belady
 from rarefy.testing import figures
-from rarefy.testing.contract import contract
+from rarefy.testing.contract import contract, through_a_file
 
 SIZES = (1, 2, 3, 5)
 
@@ -85,20 +84,9 @@ def a_stopped_run_goes_on_with_the_same_decisions(part: Policy) -> None:
         resumed: Cache[Key] = Cache(2, part, lambda key: key)
         for key in trace:
             whole.fetch(key)
-            state = _through_a_file(part, resumed.state_dict())
+            state = through_a_file(part, resumed.state_dict())
             resumed = Cache(2, copy.deepcopy(part), lambda key: key)
             resumed.load_state_dict(state)
             resumed.fetch(key)
             assert resumed.resident == whole.resident, f"{part!r}: stopped and resumed before {key}, it keeps {resumed.resident} instead of {whole.resident}"
         assert resumed.misses == whole.misses, f"{part!r}: {resumed.misses} misses when stopped and resumed, {whole.misses} at one go"
-
-
-def _through_a_file(part: Policy, state: dict[str, Any]) -> dict[str, Any]:
-    saved = io.BytesIO()
-    try:
-        torch.save(state, saved)
-        saved.seek(0)
-        loaded: dict[str, Any] = torch.load(saved, weights_only=True)
-    except Exception as error:
-        raise AssertionError(f"{part!r}: its state must be plain, and is {state['state']}") from error
-    return loaded
