@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from rarefy.core.attach import attach_view
 from rarefy.core.collect import collect_all, collectable, owners
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Site
 from rarefy.weights.sites import find_sites
 from rarefy.weights.statistics.input import Hessian, InputNorm
+from rarefy.weights.views.soft_threshold import SoftThreshold
 
 CONVOLUTIONS = {
     "1-D": (nn.Conv1d(3, 4, 2, stride=2, padding=1), (2, 3, 9)),
@@ -106,14 +108,37 @@ def test_a_head_tied_to_an_embedding_collects_the_heads_rows() -> None:
     torch.testing.assert_close(hessians(model, ids, find_sites(model, ["1"]))["1.weight"], rows.t() @ rows)
 
 
-def test_tied_readers_of_two_classes_are_refused() -> None:
-    class Narrow(nn.Linear):
-        pass
+class Across(nn.Module):
+    """As transformers' Conv1D: reads the weight [I, O] across."""
 
-    model = nn.Sequential(nn.Linear(4, 4), Narrow(4, 4))
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+class Narrow(nn.Linear):
+    """A Linear by another name."""
+
+
+def test_tied_readers_along_two_axes_are_refused_and_along_one_add_up() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), Across()), torch.randn(3, 4)
+    model[0].weight = model[1].weight
+    with pytest.raises(BadInput, match=r"site 0\.weight, tied to 1: tied weights must be read along one axis"):
+        hessians(model, x)
+    model[1] = Narrow(4, 4)
     model[1].weight = model[0].weight
-    with pytest.raises(BadInput, match=r"site 0\.weight, tied to 1"):
-        hessians(model, torch.randn(2, 4))
+    stacked = torch.cat([x, model[0](x).detach()])
+    torch.testing.assert_close(hessians(model, x)["0.weight"], stacked.t() @ stacked)
+
+
+def test_tied_hosts_of_a_view_add_up() -> None:
+    model, x = Twice(), torch.randn(6, 4)
+    attach_view(model, "first.weight", SoftThreshold(-2.0))
+    stacked = torch.cat([x, torch.tanh(model.first(x)).detach()])
+    torch.testing.assert_close(hessians(model, x)["first.weight"], stacked.t() @ stacked)
 
 
 class Shared(nn.Module):

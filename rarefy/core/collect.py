@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Site
 from rarefy.core.roles import Statistic
-from rarefy.core.rows import expert_hidden, obstacle, reading, rows
+from rarefy.core.rows import expert_hidden, family, obstacle, reading, rows
 
 Stats = dict[str, dict[str, Tensor]]  # {statistic: {site name: Tensor}}
 
@@ -106,8 +106,8 @@ class Collector(AbstractContextManager["Collector"]):
         if len(readers) > 1:
             self._tied.add(site.name)
         for path, reader in readers.items():
-            if type(reader) is not type(module) or obstacle(reader):
-                raise BadInput(f"site {site.name}, tied to {path}", "tied weights must be read by modules of one class to share input statistics", "exclude it")
+            if family(reader) != family(module) or obstacle(reader):
+                raise BadInput(f"site {site.name}, tied to {path}", "tied weights must be read along one axis to share input statistics", "exclude it")
             self._heard[path].append(site)
 
     def __enter__(self) -> Collector:

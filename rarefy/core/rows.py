@@ -30,6 +30,11 @@ def obstacle(module: nn.Module) -> str:
     return ""
 
 
+def family(module: nn.Module) -> str:
+    """Two modules of one family read a tensor that they share along the same axis (transformers' Conv1D reads across a Linear's)."""
+    return next((kind.__name__ for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, kind)), type(module).__qualname__)
+
+
 def reading(module: nn.Module) -> Hashable:
     """Two modules with equal readings make the same rows of the same input."""
     if isinstance(module, Conv):
