@@ -21,6 +21,7 @@ from rarefy.core.records import Access, Context, Entry, Key, Routing
 from rarefy.core.roles import Policy
 from rarefy.experts.dispatch import Backend, dispatch, gather, loop
 from rarefy.runtime.cache import Cache, replay
+from rarefy.runtime.policies.arc import ARC
 from rarefy.runtime.policies.belady import Belady
 from rarefy.runtime.policies.lfu import LFU
 from rarefy.runtime.policies.lru import LRU
@@ -45,6 +46,52 @@ def ordered_dict_misses(trace: Sequence[int], size: int) -> tuple[int, list[int]
     return misses, sorted(kept)
 
 
+class TextbookARC:
+    """Figure 4 of the paper, case by case, with its own cache."""
+
+    def __init__(self, c: int) -> None:
+        self.c, self.p, self.misses = c, 0.0, 0
+        self.t1, self.t2, self.b1, self.b2 = (OrderedDict[int, None]() for _ in range(4))
+
+    def replace(self, x: int) -> None:
+        if self.t1 and ((x in self.b2 and len(self.t1) == self.p) or len(self.t1) > self.p):
+            self.b1[self.t1.popitem(last=False)[0]] = None
+        else:
+            self.b2[self.t2.popitem(last=False)[0]] = None
+
+    def request(self, x: int) -> None:
+        t1, t2, b1, b2, c = self.t1, self.t2, self.b1, self.b2, self.c
+        if x in t1 or x in t2:
+            t1.pop(x, None)
+            t2.pop(x, None)
+            t2[x] = None
+            return
+        self.misses += 1
+        if x in b1:
+            self.p = min(c, self.p + (1 if len(b1) >= len(b2) else len(b2) / len(b1)))
+            self.replace(x)
+            del b1[x]
+            t2[x] = None
+        elif x in b2:
+            self.p = max(0, self.p - (1 if len(b2) >= len(b1) else len(b1) / len(b2)))
+            self.replace(x)
+            del b2[x]
+            t2[x] = None
+        else:
+            one, two = len(t1) + len(b1), len(t2) + len(b2)
+            if one == c:
+                if len(t1) < c:
+                    b1.popitem(last=False)
+                    self.replace(x)
+                else:
+                    t1.popitem(last=False)
+            elif one + two >= c:
+                if one + two == 2 * c:
+                    b2.popitem(last=False)
+                self.replace(x)
+            t1[x] = None
+
+
 def fewest_misses(trace: Sequence[int], size: int) -> int:
     """Every choice of every victim tried: {resident set: fewest loads so far}."""
     best = {frozenset[int](): 0}
@@ -63,6 +110,18 @@ def fewest_misses(trace: Sequence[int], size: int) -> int:
 def test_lru_is_an_ordered_dict(trace: tuple[int, ...], size: int) -> None:
     cache = replay(trace, size, LRU())
     assert (cache.misses, sorted(cache.resident)) == ordered_dict_misses(trace, size)
+
+
+@settings(max_examples=80, deadline=None)
+@given(trace=st.lists(st.integers(0, 9), max_size=80).map(tuple), size=st.integers(1, 5))
+def test_arc_is_the_textbooks(trace: tuple[int, ...], size: int) -> None:
+    cache, book = replay(trace, size, ARC()), TextbookARC(size)
+    for key in trace:
+        book.request(key)
+    state = cache.state_dict()["state"]
+    assert (cache.misses, sorted(cache.resident)) == (book.misses, sorted([*book.t1, *book.t2]))
+    assert [state[n] for n in ("recent", "frequent", "gone_recent", "gone_frequent")] == [list(t) for t in (book.t1, book.t2, book.b1, book.b2)]
+    assert state["target"] == pytest.approx(book.p)
 
 
 @settings(max_examples=40, deadline=None)
