@@ -207,6 +207,22 @@ class PerBatch(InputNorm):
         return {"square": state["square"] + seen.double().norm(dim=0)}
 
 
+class OnlyLinear(InputNorm):
+    """Takes the last axis of the weight for all of its input columns."""
+
+    name = "only-linear"
+
+    def finish(self, state: dict[str, Tensor]) -> Tensor:
+        return super().finish(state)[:8]
+
+
+class Narrows(InputNorm):
+    name = "narrows"
+
+    def finish(self, state: dict[str, Tensor]) -> Tensor:
+        return super().finish(state).bfloat16()
+
+
 class Approximate(Allocation):
     name = "approximate"
 
@@ -401,6 +417,8 @@ BROKEN = [
     (LikesZero(), "zero_weights_are_rated_least", "rates a zero weight above another"),
     (OnlyTheLast(), "order_of_batches_does_not_matter", "depends on the order"),
     (PerBatch(), "an_input_statistic_streams", "do not add up"),
+    (OnlyLinear(), "figures_fit_the_site_in_float32", r"\(8,\) for a site of \(4, 3, 3, 2\)"),
+    (Narrows(), "figures_fit_the_site_in_float32", "torch.bfloat16 for"),
     (Approximate(), "totals_are_exact_within_floors_and_caps", "does not add up|leaves floors"),
     (TakesAnything(), "an_impossible_budget_is_refused", "outside floors and caps"),
     (Impatient(), "observing_is_pure", "changes the state"),

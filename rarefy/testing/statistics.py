@@ -52,3 +52,14 @@ def a_dead_input_stays_exactly_zero(part: Statistic) -> None:
     assert not bool(found[..., [2, 5]].any()), f"{part!r}: an input that is always zero does not have an exact zero"
     live = [0, 1, 3, 4, 6, 7]
     assert bool((found.reshape(-1, 8)[:, live] != 0).any(0).all()), f"{part!r}: an input that is not zero looks dead"
+
+
+@contract(Statistic)
+def figures_fit_the_site_in_float32(part: Statistic) -> None:
+    for shape in ((6, 8), (4, 3, 3, 2), (1, 1)):
+        for dtype in (torch.float32, torch.bfloat16):
+            weight = figures.weight(*shape)
+            found = part.finish(part.update(part.start(weight), figures.SOURCES[part.source](weight).to(dtype)))
+            wanted = weight.shape if part.source == "gradient" else (*found.shape[:-1], weight[0].numel())
+            assert found.shape == wanted, f"{part!r}: {tuple(found.shape)} for a site of {shape}"
+            assert found.dtype == torch.float32, f"{part!r}: {found.dtype} for {dtype} input"
