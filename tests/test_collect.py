@@ -141,6 +141,13 @@ def test_tied_hosts_of_a_view_add_up() -> None:
     torch.testing.assert_close(hessians(model, x)["first.weight"], stacked.t() @ stacked)
 
 
+def test_a_weight_that_is_no_plain_parameter_is_heard() -> None:
+    layer, x = nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)), torch.randn(3, 4)
+    (site,) = find_sites(layer)
+    assert owners(layer, site) == [""]
+    torch.testing.assert_close(hessians(layer, x)["weight"], x.t() @ x)
+
+
 class Shared(nn.Module):
     """What may be done with one input tensor between two modules that get it."""
 

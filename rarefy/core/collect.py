@@ -44,7 +44,12 @@ def owners(model: nn.Module, site: Site) -> list[str]:
     >>> owners(model, Site("0.weight", "0", "weight", (2, 2)))
     ['0', '1']
     """
-    return _holders(model)[id(getattr(model.get_submodule(site.module), site.param)), site.param]
+    return _owners(model, site, _holders(model))
+
+
+def _owners(model: nn.Module, site: Site, holders: Mapping[tuple[int, str], Sequence[str]]) -> list[str]:
+    tensor = getattr(model.get_submodule(site.module), site.param)
+    return list(dict.fromkeys((site.module, *holders.get((id(tensor), site.param), ()))))
 
 
 def _holders(model: nn.Module) -> dict[tuple[int, str], list[str]]:
@@ -101,8 +106,8 @@ class Collector(AbstractContextManager["Collector"]):
         module = self.model.get_submodule(site.module)
         if obstacle(module):
             raise BadInput(f"site {site.name}", obstacle(module), "use a criterion of the weight alone, or exclude it")
-        paths = holders[id(getattr(module, site.param)), site.param]
-        readers = {path: self.model.get_submodule(path) for path in paths if not isinstance(self.model.get_submodule(path), nn.Embedding)}
+        holding = {path: self.model.get_submodule(path) for path in _owners(self.model, site, holders)}
+        readers = {path: holder for path, holder in holding.items() if not isinstance(holder, nn.Embedding)}
         if len(readers) > 1:
             self._tied.add(site.name)
         for path, reader in readers.items():
