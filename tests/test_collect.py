@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rarefy.core.attach import attach_view
-from rarefy.core.collect import collect_all, collectable, owners
+from rarefy.core.collect import Collector, collect_all, collectable, owners
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Site
 from rarefy.weights.sites import find_sites
@@ -62,6 +62,17 @@ def test_where_no_second_moment_is_right_the_site_is_refused_by_name(kind: str) 
     with pytest.raises(BadInput, match=rf"site odd\.weight: .*{message}"):
         hessians(_named(module), x, find_sites(_named(module), ["odd"]))
     assert collect_all(_named(module), [x], find_sites(_named(module), ["odd"]), []) == {}
+
+
+def test_a_transformer_layer_is_seen_but_for_the_projection_that_attention_does_not_call() -> None:
+    layer, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 5, 8)
+    sites = [s for s in find_sites(layer) if collectable(layer.get_submodule(s.module))]
+    assert [s.name for s in sites] == ["linear1.weight", "linear2.weight"]
+    with Collector(layer, sites, [InputNorm()]) as collector, torch.no_grad():
+        layer(x)
+    assert collector.idle() == []
+    with pytest.raises(BadInput, match=r"site self_attn\.out_proj\.weight: nn\.MultiheadAttention computes its output projection without calling it"):
+        hessians(layer, x)
 
 
 def _named(module: nn.Module) -> nn.Module:

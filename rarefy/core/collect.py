@@ -28,7 +28,7 @@ Stats = dict[str, dict[str, Tensor]]  # {statistic: {site name: Tensor}}
 def collectable(module: nn.Module) -> bool:
     """Whether input statistics of the module's matrix exist; where not, only the weight alone (or its gradient) can be rated.
 
-    False for embeddings and grouped convolutions, see `rarefy.core.rows.obstacle`.
+    False for embeddings, grouped convolutions and the output projection of nn.MultiheadAttention, see `rarefy.core.rows.obstacle`.
 
     >>> collectable(nn.Linear(2, 2)), collectable(nn.Embedding(2, 2))
     (True, False)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -24,6 +25,8 @@ def obstacle(module: nn.Module) -> str:
     """
     if isinstance(module, nn.Embedding):
         return "an embedding has no input features: how often an id occurs weighs its rows, not its columns"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention computes its output projection without calling it, so that no input is seen"
     groups = getattr(module, "groups", 1) if isinstance(module, Conv) else 1
     if groups != 1:
         return f"a convolution of {groups} groups has one second moment per group, not one for its matrix"
