@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,17 +14,27 @@ import rarefy.testing as contracts
 from rarefy.core import discover
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Units
-from rarefy.core.roles import Allocation, Criterion, Pattern, Solver, Statistic
+from rarefy.core.roles import Allocation, Criterion, Pattern, Policy, Rewiring, Role, Schedule, Solver, Statistic, Trigger, View
+from rarefy.testing import figures
 from rarefy.testing.allocations import asked
+from rarefy.testing.contract import _contracts
+from rarefy.testing.solvers import excess, solve
 from rarefy.weights.patterns import parse_pattern
 
-ROLES = (Statistic, Criterion, Allocation, Pattern, Solver)
+ROLES = [role for role in _contracts if role not in (Role, View)]
 PARTS = [pytest.param(part, id=f"{role.__name__}-{name}") for role in ROLES for name, part in discover.methods(role).items()]
+VIEWS = [v for m in discover.modules() for v in vars(m).values() if inspect.isclass(v) and issubclass(v, View) and v.__module__ == m.__name__]
+PARTS += [pytest.param(view, id=f"View-{view.__name__}") for view in VIEWS]
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_part_keeps_its_contract(part: type) -> None:
     assert contracts.check(part) > 0
+
+
+def test_every_role_with_a_contract_is_run_over_parts() -> None:
+    assert {Statistic, Criterion, Allocation, Pattern, Solver, Schedule, Rewiring, Trigger, Policy} <= {*ROLES} and View in _contracts
+    assert VIEWS and all(discover.methods(role) for role in ROLES)
 
 
 @settings(max_examples=25, deadline=None)
@@ -36,6 +48,29 @@ def test_every_allocation_conserves_its_budget(sizes: list[tuple[int, int, float
             counts = part.counts(units, budget, **asked(part, units))
             assert sum(counts.values()) == budget
             assert all(u.floor <= counts[u.name] <= u.limit for u in units)
+
+
+SOLVERS = [part for kind in discover.methods(Solver).values() for part in kind.examples() if {"gradient", "gradient_square"}.isdisjoint(part.needs)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    shape=st.tuples(st.integers(1, 5), st.sampled_from([4, 8, 12])),
+    rows=st.integers(1, 20),
+    dead=st.integers(0, 4),
+    scale=st.sampled_from([1e-4, 1.0, 1e4]),
+    text=st.sampled_from(["matrix", "row", "2:4"]),
+)
+def test_no_solver_is_worse_than_its_mask_alone(seed: int, shape: tuple[int, int], rows: int, dead: int, scale: float, text: str) -> None:
+    weight = figures.weight(*shape, seed=seed)
+    seen = figures.rows(weight, seed=seed + 1, count=rows) * scale
+    seen[:, :dead] = 0.0
+    for part in SOLVERS:
+        given_ = figures.statistics([*part.needs, "hessian"], weight, seen=seen)
+        found = solve(part, weight, parse_pattern(text), given_)
+        assert not found.weight[~found.mask].any() and torch.isfinite(found.weight).all()
+        assert excess(weight, found, given_["hessian"]) <= 1e-4, part
 
 
 PLUGIN = """

@@ -1,55 +1,124 @@
 """The calibration service: one pass over the batches collects only the named statistics, streaming.
 
-`Collector` listens at the sites' modules. Sites that are fed by the same tensor (q, k and v) share one state.
+`Collector` listens at every module that owns a site's tensor. Sites that are fed by the same tensor (q, k and v) share
+one state; a tensor that several modules own (tied weights) has a state of its own, to which every owner's rows add.
 Rows: R calibration rows, C input columns of a site's matrix in the order of its canonical view [O, ..., I].
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Site
 from rarefy.core.roles import Statistic
+from rarefy.core.rows import expert_hidden, family, obstacle, reading, rows
 
 Stats = dict[str, dict[str, Tensor]]  # {statistic: {site name: Tensor}}
+
+
+def collectable(module: nn.Module) -> bool:
+    """Whether input statistics of the module's matrix exist; where not, only the weight alone (or its gradient) can be rated.
+
+    False for embeddings, grouped convolutions and the output projection of nn.MultiheadAttention, see `rarefy.core.rows.obstacle`.
+
+    >>> collectable(nn.Linear(2, 2)), collectable(nn.Embedding(2, 2))
+    (True, False)
+    """
+    return not obstacle(module)
+
+
+def owners(model: nn.Module, site: Site) -> list[str]:
+    """The paths of the modules that hold a site's tensor under its parameter name, the site's own module included.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> model[1].weight = model[0].weight
+    >>> owners(model, Site("0.weight", "0", "weight", (2, 2)))
+    ['0', '1']
+    """
+    return _owners(model, site, _holders(model))
+
+
+def _owners(model: nn.Module, site: Site, holders: Mapping[tuple[int, str], Sequence[str]]) -> list[str]:
+    tensor = getattr(model.get_submodule(site.module), site.param)
+    return list(dict.fromkeys((site.module, *holders.get((id(tensor), site.param), ()))))
+
+
+def _holders(model: nn.Module) -> dict[tuple[int, str], list[str]]:
+    """{(id of a tensor, parameter name): paths of the modules that hold it under that name}."""
+    found: dict[tuple[int, str], list[str]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for param, tensor in module._parameters.items():
+            found[id(tensor), param].append(path)
+    return found
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The last input: the tensor, at which version, read how, and the site that it was recorded for."""
+
+    x: Tensor
+    version: int
+    reading: Hashable
+    site: str
+
+    def same(self, x: Tensor, reading: Hashable) -> bool:
+        return x is self.x and _version(x) == self.version and reading == self.reading
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 class Collector(AbstractContextManager["Collector"]):
     """Collect input statistics of `sites` while it is entered; `valid` [B, T] marks the tokens that are not padding.
 
+    A tied tensor collects ``H = sum_o H_o`` over its owners; an embedding among them (a tied head) has no rows to add.
+
     Raises:
-        BadInput: NaN or inf reaches a site (named, with the batch), or a site has no input features.
+        BadInput: NaN or inf reaches a site (named, with the batch), or a site without input statistics (`collectable`).
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], statistics: Sequence[Statistic]) -> None:
-        self.model, self.statistics = model, statistics
-        self.sites: dict[str, list[Site]] = defaultdict(list)
-        for site in sites:
-            if site.role == "embedding" and statistics:
-                raise BadInput(f"site {site.name}", "an embedding has no input features, so no input statistic", "use a criterion of the weight alone, or exclude it")
-            self.sites[site.module].append(site)
+        self.model, self.sites, self.statistics = model, list(sites), statistics
         self.states: dict[str, dict[str, dict[str, Tensor]]] = {}
         self.leaders: dict[str, str] = {}
         self.rows: dict[str, int] = defaultdict(int)
         self.valid: Tensor | None = None
         self.batch = 0
-        self._last: tuple[Tensor | None, str] = (None, "")
+        self._heard: dict[str, list[Site]] = defaultdict(list)
+        self._tied: set[str] = set()
+        self._last: _Seen | None = None
         self._hooks: list[RemovableHandle] = []
+        holders = _holders(model) if statistics else {}
+        for site in self.sites if statistics else ():
+            self._place(site, holders)
+
+    def _place(self, site: Site, holders: Mapping[tuple[int, str], Sequence[str]]) -> None:
+        module = self.model.get_submodule(site.module)
+        if obstacle(module):
+            raise BadInput(f"site {site.name}", obstacle(module), "use a criterion of the weight alone, or exclude it")
+        holding = {path: self.model.get_submodule(path) for path in _owners(self.model, site, holders)}
+        readers = {path: holder for path, holder in holding.items() if not isinstance(holder, nn.Embedding)}
+        if len(readers) > 1:
+            self._tied.add(site.name)
+        for path, reader in readers.items():
+            if family(reader) != family(module) or obstacle(reader):
+                raise BadInput(f"site {site.name}, tied to {path}", "tied weights must be read along one axis to share input statistics", "exclude it")
+            self._heard[path].append(site)
 
     def __enter__(self) -> Collector:
-        if self.statistics:
-            for path, sites in self.sites.items():
-                module = self.model.get_submodule(path)
-                self._hooks.append(module.register_forward_pre_hook(self._listen(module, sites), with_kwargs=True))
+        for path, sites in self._heard.items():
+            module = self.model.get_submodule(path)
+            self._hooks.append(module.register_forward_pre_hook(self._listen(module, sites), with_kwargs=True))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -64,22 +133,21 @@ class Collector(AbstractContextManager["Collector"]):
                 if sites[0].expert is not None:
                     self._experts(module, sites, inputs)
                 else:
-                    self._see(sites[0], getattr(module, sites[0].param), inputs[0], lambda x: _rows(module, self._unpadded(x)))
+                    self._see(sites[0], module, inputs[0])
 
         return hook
 
-    def _unpadded(self, x: Tensor) -> Tensor:
-        if self.valid is not None and x.shape[:2] == self.valid.shape and x.dim() == 3:
-            return x[self.valid]
-        if self.valid is not None and x.dim() == 2 and x.shape[0] == self.valid.numel():
-            return x[self.valid.reshape(-1)]  # a host that flattens batch and sequence
-        return x
+    def _weight(self, site: Site) -> Tensor:
+        return site.read(getattr(self.model.get_submodule(site.module), site.param))
 
-    def _see(self, site: Site, tensor: Tensor, x: Tensor, rows: Callable[[Tensor], Tensor]) -> None:
-        name = site.name
-        if x is self._last[0] and self.leaders.get(name, self._last[1]) == self._last[1]:
-            self.leaders[name] = self._last[1]
-            self.rows[name] = self.rows[self._last[1]]
+    def _see(self, site: Site, module: nn.Module, x: Tensor) -> None:
+        """A site's module is called with x: share the state of the site that has just seen it, or record its rows."""
+        name, last, how = site.name, self._last, reading(module)
+        if name in self._tied:
+            self._record(site, rows(module, x, self.valid))
+            return
+        if last is not None and last.same(x, how) and self.leaders.get(name, last.site) == last.site:
+            self.leaders[name], self.rows[name] = last.site, self.rows[last.site]
             return
         leader = self.leaders.setdefault(name, name)
         if leader != name:
@@ -88,17 +156,21 @@ class Collector(AbstractContextManager["Collector"]):
                 f"it shared its input with {leader} in the first batch and does not in batch {self.batch}",
                 "calibrate with batches that take one path through the model",
             )
-        self._last = (x, name)
-        seen = rows(x)
+        self._last = _Seen(x, _version(x), how, name)
+        self._record(site, rows(module, x, self.valid))
+
+    def _record(self, site: Site, seen: Tensor) -> None:
         if not torch.isfinite(seen).all():
             raise BadInput(
-                f"site {name} sees {int((~torch.isfinite(seen)).sum())} NaN or inf values in calibration batch {self.batch}",
+                f"site {site.name} sees {int((~torch.isfinite(seen)).sum())} NaN or inf values in calibration batch {self.batch}",
                 "calibration activations must be finite",
                 "check that batch, or load the model in float32",
             )
-        self.rows[name] += seen.shape[0]
-        weight = site.read(tensor)
-        states = self.states.setdefault(name, {s.name: s.start(weight) for s in self.statistics})
+        self.rows[site.name] += seen.shape[0]
+        states = self.states.get(site.name)
+        if states is None:
+            weight = self._weight(site)
+            states = self.states[site.name] = {s.name: s.start(weight) for s in self.statistics}
         for statistic in self.statistics:
             states[statistic.name] = statistic.update(states[statistic.name], seen)
 
@@ -108,73 +180,38 @@ class Collector(AbstractContextManager["Collector"]):
         if self.valid is not None and self.valid.numel() == hidden.shape[0]:
             hidden, index = hidden[self.valid.reshape(-1)], index[self.valid.reshape(-1)]
         for site in sites:
-            rows = hidden[(index == site.expert).any(-1)]
-            self._last = (None, "")
-            second = site.param == "down_proj"
-            seen = _expert_hidden(module, site.expert, rows) if second else rows
-            self._see(site, getattr(module, site.param), seen, lambda x: x)
+            routed = hidden[(index == site.expert).any(-1)]
+            self._record(site, expert_hidden(module, site.expert, routed) if site.param == "down_proj" else routed)
 
     def finish(self) -> Stats:
         """{statistic: {site: Tensor}}. A site that saw no row (an idle expert) counts every input alike."""
         out: Stats = {s.name: {} for s in self.statistics}
-        for sites in self.sites.values():
-            for site in sites:
-                self._finish(site, out)
+        for site in self.sites if self.statistics else ():
+            self._finish(site, out)
         return out
 
     def _finish(self, site: Site, out: Stats) -> None:
         leader = self.leaders.get(site.name, site.name)
+        if self.rows[site.name] != self.rows[leader]:
+            raise BadInput(
+                f"site {site.name}",
+                f"it shared its input with {leader}, which ran {self.rows[leader]} rows where it ran {self.rows[site.name]}",
+                "calibrate with batches that take one path through the model",
+            )
         for statistic in self.statistics:
             known = out[statistic.name].get(leader)
             if known is None:
-                states = self.states.get(leader)
-                if states is None or not self.rows[leader]:
-                    weight = site.read(getattr(self.model.get_submodule(site.module), site.param))
+                if self.rows[leader]:
+                    known = statistic.finish(self.states[leader][statistic.name])
+                else:
+                    weight = self._weight(site)
                     eye = torch.eye(weight[0].numel(), device=weight.device)
                     known = statistic.finish(statistic.update(statistic.start(weight), eye))
-                else:
-                    known = statistic.finish(states[statistic.name])
             out[statistic.name][site.name] = known
 
     def idle(self) -> list[str]:
         """The sites that saw no row."""
-        return [s.name for sites in self.sites.values() for s in sites if self.statistics and not self.rows[self.leaders.get(s.name, s.name)]]
-
-
-def _rows(module: nn.Module, x: Tensor) -> Tensor:
-    """The rows [R, C] that multiply a module's matrix, C in the order of the canonical view."""
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        return _conv_rows(module, x)
-    if isinstance(module, nn.Conv3d):
-        raise BadInput(f"a {type(module).__name__}", "input statistics of 3-D convolutions are not collected", "use a criterion of the weight alone")
-    return x.reshape(-1, x.shape[-1])
-
-
-def _conv_rows(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
-    if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
-        raise BadInput(
-            f"a convolution with groups={module.groups}, padding={module.padding!r}, mode {module.padding_mode}",
-            "input statistics need groups=1 and numeric zero padding",
-            "exclude it, or use a criterion of the weight alone",
-        )
-    kernel, dilation, padding, stride = module.kernel_size, module.dilation, module.padding, module.stride
-    if isinstance(module, nn.Conv1d):
-        x, kernel, dilation, padding, stride = x[:, :, None], (1, *kernel), (1, *dilation), (0, *padding), (1, *stride)
-    patches = F.unfold(x, kernel, dilation, padding, stride)  # [B, I * K, L], input channel outermost
-    batch, columns, places = patches.shape
-    return patches.view(batch, x.shape[1], columns // x.shape[1], places).permute(0, 3, 2, 1).reshape(-1, columns)
-
-
-def _expert_hidden(module: Any, expert: int | None, rows: Tensor) -> Tensor:
-    def linear(x: Tensor, param: str) -> Tensor:
-        weight = getattr(module, param)[expert]
-        y = x @ weight if getattr(module, "is_transposed", False) else F.linear(x, weight)
-        bias = getattr(module, f"{param}_bias", None)
-        return y if bias is None else y + bias[expert]
-
-    if hasattr(module, "gate_up_proj"):
-        return module._apply_gate(linear(rows, "gate_up_proj"))
-    return module.act_fn(linear(rows, "up_proj"))
+        return [s.name for s in self.sites if self.statistics and not self.rows[s.name]]
 
 
 def call(model: nn.Module, batch: Any) -> Any:

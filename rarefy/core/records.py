@@ -294,3 +294,15 @@ class Entry:
     routing: Routing
     context: Context
     x: Tensor | None = None
+
+
+Key = int | tuple[int, int]  # how a cache calls an expert: its index, or (layer, index) in a cache over layers
+
+
+@dataclass(frozen=True)
+class Access:
+    """What a cache did for one use of an expert: found it, or loaded it, with `left` making room (None where there was room)."""
+
+    key: Key
+    loaded: bool = False
+    left: Key | None = None

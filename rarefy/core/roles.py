@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Generator, Tensor, nn
 
-from rarefy.core.records import Delta, Entries, Paper, Progress, Pruned, Units
+from rarefy.core.records import Access, Delta, Entries, Key, Paper, Progress, Pruned, Units
 
 
 class Role(ABC):
@@ -146,7 +146,14 @@ class Penalty(Role):
 
 
 class View(nn.Module):
-    """The weight that the forward sees. Learned tensors live here, additive keys only; the raw weight is always an argument."""
+    """The weight that the forward sees. Learned tensors live here, additive keys only; the raw weight is always an argument.
+
+    `examples` are the instances that the contract suite runs, on a weight of shape (6, 8).
+    """
+
+    @classmethod
+    def examples(cls) -> tuple[Any, ...]:
+        return (cls(),)
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,7 +238,22 @@ class Layout(Role):
 
 
 class Policy(Role):
-    """What leaves a full cache, what to fetch: sees records, never changes results."""
+    """What leaves a full cache: sees records of what the cache did, and never changes a result.
+
+    A frozen part; its running state is a plain dict (ints, strings, lists, dicts, tensors) that the cache keeps and
+    checkpoints. A policy that needs the future carries it as `trace`, the keys of every use in order.
+    """
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    @abstractmethod
+    def observe(self, state: dict[str, Any], access: Access) -> dict[str, Any]:
+        """The state after one use, found or loaded."""
+
+    @abstractmethod
+    def evict(self, state: dict[str, Any], resident: Sequence[Key], needed: Sequence[Key]) -> Key:
+        """The one of `resident` that leaves for needed[0]; what follows in `needed` is used later in this call, in order, as far as known."""
 
 
 class Task(Role):

@@ -1,8 +1,7 @@
-"""Greedy generation through transformers, timed: prefill and decode apart, with the bytes that are resident."""
+"""Greedy generation through transformers, timed: prefill and decode apart, with the bytes that were resident at the peak."""
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import BadInput
+from rarefy.probes.memory import peak_bytes
 from rarefy.probes.perplexity import model_name
 from rarefy.probes.timers import busy
 
@@ -24,7 +24,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, tokens: int = 64, runs:
 
     Returns:
         {model, engine, text, tokens, prefill_tokens_per_s, decode_tokens_per_s, decode_spread: [slowest, fastest],
-        model_bytes, rss_bytes, warning}; all speeds are measured.
+        model_bytes, rss_bytes (the peak), warning}; all speeds are measured.
 
     Raises:
         BadInput: an empty prompt, no room for a token, or no round.
@@ -49,7 +49,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, tokens: int = 64, runs:
         "decode_tokens_per_s": 1 / statistics.median(decode) if len(new) > 1 else None,
         "decode_spread": [1 / max(decode), 1 / min(decode)] if len(new) > 1 else None,
         "model_bytes": sum(t.numel() * t.element_size() for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values()),
-        "rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "rss_bytes": peak_bytes(),
         "warning": warning,
     }
 

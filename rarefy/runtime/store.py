@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,23 +12,27 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rarefy.core.errors import BadFile, BadInput
+from rarefy.core.records import Key
+from rarefy.core.roles import Policy
+from rarefy.runtime.cache import Cache
+from rarefy.runtime.policies.lru import LRU
 
 Pair = tuple[Tensor, Tensor]
 
 
 class ExpertStore:
-    """A gated bank for inference whose experts are read from a file when first needed; the least recently used one leaves.
+    """A gated bank for inference whose experts are read from a file when first needed; a policy says which one leaves.
 
     The file holds `<prefix>gate_up_proj` [E, 2I, H] and `<prefix>down_proj` [E, H, I]. At most `size` experts are kept;
-    dispatch runs one expert at a time and the running one is never evicted, so any size from 1 to E gives the same bits.
-    `hits` and `misses` count fetches. Use it as the bank of `dispatch`.
+    dispatch runs one expert at a time and the running one is never evicted, so any size from 1 to E and any policy give the
+    same bits. `hits` and `misses` count fetches. Use it as the bank of `dispatch`.
 
     Raises:
         BadFile: no such file, or it lacks a tensor or holds it in another layout.
         BadInput: a size outside 1..E.
     """
 
-    def __init__(self, path: str | Path, size: int, *, prefix: str = "", act: Callable[[Tensor], Tensor] = F.silu) -> None:
+    def __init__(self, path: str | Path, size: int, *, prefix: str = "", act: Callable[[Tensor], Tensor] = F.silu, policy: Policy | None = None) -> None:
         self.names = (f"{prefix}gate_up_proj", f"{prefix}down_proj")
         try:
             self._file = safe_open(str(path), framework="pt")
@@ -40,29 +44,39 @@ class ExpertStore:
         self.experts, self.act = int(first[0]), act
         if not 1 <= size <= self.experts:
             raise BadInput(f"a cache of {size} experts", f"the size lies in 1..{self.experts}")
-        self.size, self.hits, self.misses = size, 0, 0
-        self._kept: OrderedDict[int, Pair] = OrderedDict()
+        self.cache: Cache[Pair] = Cache(size, policy or LRU(), self._read)
 
     @property
-    def kept(self) -> tuple[int, ...]:
-        """The experts in memory, least recently used first."""
-        return tuple(self._kept)
+    def kept(self) -> tuple[Key, ...]:
+        """The experts in memory, in the order of their loading."""
+        return self.cache.resident
 
-    def fetch(self, expert: int) -> Pair:
-        """The expert's two matrices, from memory or from the file."""
-        if expert in self._kept:
-            self.hits += 1
-            self._kept.move_to_end(expert)
-            return self._kept[expert]
-        self.misses += 1
-        while len(self._kept) >= self.size:
-            self._kept.popitem(last=False)
+    @property
+    def hits(self) -> int:
+        return self.cache.hits
+
+    @property
+    def misses(self) -> int:
+        return self.cache.misses
+
+    def _read(self, expert: int) -> Pair:
         first, second = (self._file.get_slice(name)[expert : expert + 1][0] for name in self.names)
-        self._kept[expert] = (first, second)
         return first, second
 
-    def _run(self, expert: int, x: Tensor) -> Tensor:
-        first, second = self.fetch(expert)
+    def fetch(self, expert: int, later: Sequence[int] = ()) -> Pair:
+        """The expert's two matrices, from memory or from the file; `later` are the experts that this call uses next, as far as known."""
+        return self.cache.fetch(expert, later)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next evictions depend on: the policy's state and which experts are kept."""
+        return self.cache.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the kept experts are read again."""
+        self.cache.load_state_dict(state)
+
+    def _run(self, expert: int, x: Tensor, later: Sequence[int] = ()) -> Tensor:
+        first, second = self.fetch(expert, later)
         gate, up = F.linear(x, first).chunk(2, -1)
         return F.linear(self.act(gate) * up, second)
 
@@ -76,5 +90,6 @@ class ExpertStore:
 
     def each(self, x: Tensor, expert: Tensor) -> Tensor:
         """Row n [H] through expert[n], one row at a time."""
-        rows = [self._run(e, x[n : n + 1]) for n, e in enumerate(expert.tolist())]
+        needed = expert.tolist()
+        rows = [self._run(e, x[n : n + 1], needed[n + 1 :]) for n, e in enumerate(needed)]
         return torch.cat(rows) if rows else self._run(0, x[:0])

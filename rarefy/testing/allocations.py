@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
+
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Units
 from rarefy.core.roles import Allocation, asks
@@ -38,13 +40,26 @@ def totals_are_exact_within_floors_and_caps(part: Allocation) -> None:
 
 
 @contract(Allocation)
+def splitting_is_pure(part: Allocation) -> None:
+    given, untouched = asked(part, FREE), asked(part, FREE)
+    first, again = part.counts(FREE, 60, **given), part.counts(FREE, 60, **given)
+    assert first == again, f"{part!r}: the same budget gives {first} and then {again}"
+    same = all(torch.equal(given[name][unit], value) for name, made in untouched.items() for unit, value in made.items())
+    assert same, f"{part!r} changed what it was given"
+
+
+@contract(Allocation)
 def a_larger_budget_takes_nothing_back(part: Allocation) -> None:
-    if not getattr(part, "monotone", False):
-        return
+    """Of a part that is not declared `monotone`, rounding by largest remainder may take one entry back from a unit."""
+    slack = 0 if getattr(part, "monotone", False) else 1
     for units in (FREE, BOUNDED):
         given = asked(part, units)
-        found = [part.counts(units, budget, **given) for budget in _budgets(units)]
-        assert all(a[u.name] <= b[u.name] for a, b in pairwise(found) for u in units), f"{part!r} is declared monotone and is not"
+        low, high = sum(u.floor for u in units), sum(u.limit for u in units)
+        found = [part.counts(units, budget, **given) for budget in sorted({*range(low, high, 5), high})]
+        for name in (u.name for u in units):
+            counts = [counts[name] for counts in found]
+            back = max((a - b for a, b in pairwise(counts)), default=0)
+            assert back <= slack, f"{part!r}: a larger budget takes {back} back from {name}, at most {slack} may go"
 
 
 @contract(Allocation)

@@ -37,13 +37,19 @@ def run(part: Any) -> int:
     functions = contracts_of(type(part))
     if not functions:
         raise BadInput(f"{type(part).__name__}", "only parts of a role with a contract can be checked", f"roles with one: {', '.join(r.__name__ for r in _contracts)}")
+    functions += _contracts_of_all(part)
     excused = getattr(part, "exceptions", {})
-    for function in (*functions, *_contracts[Role]):
+    for function in functions:
         if function.__name__ in excused:
             _must_fail(function, part, excused[function.__name__])
         else:
             function(part)
-    return len(functions) + len(_contracts[Role])
+    return len(functions)
+
+
+def _contracts_of_all(part: Any) -> tuple[Contract, ...]:
+    """What every part keeps that is a value; a View is a module, which has neither a name nor a repr that tells it."""
+    return tuple(_contracts[Role]) if isinstance(part, Role) else ()
 
 
 def _must_fail(function: Contract, part: Any, reason: str) -> None:
@@ -52,6 +58,18 @@ def _must_fail(function: Contract, part: Any, reason: str) -> None:
     except AssertionError:
         return
     raise AssertionError(f"{part!r} declares an exception to {function.__name__} ({reason}) and keeps the contract: remove the exception")
+
+
+def through_a_file(part: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """A part's running state, saved and loaded as a checkpoint would: plain containers, numbers, strings and tensors."""
+    saved = io.BytesIO()
+    try:
+        torch.save(state, saved)
+        saved.seek(0)
+        loaded: dict[str, Any] = torch.load(saved, weights_only=True)
+    except Exception as error:
+        raise AssertionError(f"{part!r}: its state must be plain, and is {state}") from error
+    return loaded
 
 
 @contract(Role)

@@ -1,4 +1,4 @@
-"""The contract of a Criterion: a float32 rating of every weight, pure, zero weights least."""
+"""The contract of a Criterion: a float32 rating of every weight, pure, zero weights least, blind to signs."""
 
 from __future__ import annotations
 
@@ -45,3 +45,12 @@ def zero_weights_are_rated_least(part: Criterion) -> None:
     weight[zero] = 0.0
     scores = _rate(part, weight, figures.statistics(asks(part.scores), weight))
     assert scores[zero].max() <= scores[~zero].min(), f"{part!r} rates a zero weight above another"
+
+
+@contract(Criterion)
+def the_sign_of_a_weight_does_not_matter(part: Criterion) -> None:
+    weight = figures.weight(6, 8)
+    flipped = torch.where(torch.rand(weight.shape, generator=figures.seeded(3)) < 0.5, -weight, weight)
+    stats = figures.statistics(asks(part.scores), weight)
+    same = torch.equal(_rate(part, weight, stats), _rate(part, flipped, stats))
+    assert same, f"{part!r} rates w and -w differently: a signed criterion declares so"

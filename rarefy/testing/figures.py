@@ -33,16 +33,17 @@ def gradients(like: Tensor, seed: int = 1) -> Tensor:
 SOURCES = {"input": rows, "gradient": gradients}
 
 
-def statistic(name: str, like: Tensor, batches: int = 2) -> Tensor:
-    """The statistic of this name over synthetic batches for a site with this weight."""
+def statistic(name: str, like: Tensor, batches: int = 2, seen: Tensor | None = None) -> Tensor:
+    """The statistic of this name for a site with this weight: of the input rows `seen` [R, C], or over synthetic batches."""
     kind: type[Statistic] = discover.pick(discover.methods(Statistic), name, "statistic")
     part = kind.examples()[0]
     state = part.start(like)
-    for batch in range(batches):
-        state = part.update(state, SOURCES[part.source](like, seed=10 + batch))
+    given = [seen] if seen is not None and part.source == "input" else [SOURCES[part.source](like, seed=10 + batch) for batch in range(batches)]
+    for batch in given:
+        state = part.update(state, batch)
     found: Tensor = part.finish(state)
     return found
 
 
-def statistics(names: Sequence[str], like: Tensor) -> dict[str, Tensor]:
-    return {name: statistic(name, like) for name in names}
+def statistics(names: Sequence[str], like: Tensor, seen: Tensor | None = None) -> dict[str, Tensor]:
+    return {name: statistic(name, like, seen=seen) for name in names}

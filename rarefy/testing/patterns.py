@@ -1,8 +1,9 @@
-"""The contract of a Pattern: exactly the nearest count, ties by lower index, idempotent, inside its bound; or a BadInput."""
+"""The contract of a Pattern: exactly the nearest count, nested, ties by lower index, idempotent, pure, inside its bound; or a BadInput."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 
@@ -46,6 +47,29 @@ def masks_are_idempotent(part: Pattern) -> None:
         scores, count = figures.weight(*shape).abs() + 0.1, part.nearest(shape, wish)
         mask = part.mask(scores, count)
         assert torch.equal(part.mask(scores * mask, count), mask), f"{part!r}: masking the masked scores of {shape} at {count} changes the mask"
+
+
+@contract(Pattern)
+def a_smaller_count_is_nested_in_a_larger_one(part: Pattern) -> None:
+    for scores in (*(figures.weight(*shape).abs() for shape in SHAPES), *(torch.ones(shape) for shape in SHAPES)):
+        wishes = sorted({*range(0, scores.numel(), max(1, scores.numel() // 11)), scores.numel()})
+        try:
+            masks = [(count, part.mask(scores, count)) for count in sorted({part.nearest(scores.shape, wish) for wish in wishes})]
+        except BadInput:
+            continue
+        for (small, inner), (large, outer) in pairwise(masks):
+            assert not bool((inner & ~outer).any()), f"{part!r}: what is kept of {tuple(scores.shape)} at {small} is not all kept at {large}"
+
+
+@contract(Pattern)
+def masking_is_pure(part: Pattern) -> None:
+    for shape, wish in _reachable(part):
+        scores, bound, count = figures.weight(*shape).abs(), torch.ones(shape, dtype=torch.bool), part.nearest(shape, wish)
+        before = scores.clone()
+        first, again = part.mask(scores, count, bound), part.mask(scores, count, bound)
+        assert torch.equal(scores, before), f"{part!r} changed the scores that it was given"
+        assert bool(bound.all()), f"{part!r} changed the bound that it was given"
+        assert torch.equal(first, again), f"{part!r}: the same scores of {shape} give two masks"
 
 
 @contract(Pattern)

@@ -1,4 +1,4 @@
-"""The contract of a Statistic: streamed, order does not matter, inputs untouched."""
+"""The contract of a Statistic: streamed, order does not matter, inputs untouched, dead inputs exactly zero."""
 
 from __future__ import annotations
 
@@ -36,3 +36,30 @@ def an_input_statistic_streams(part: Statistic) -> None:
     for piece in torch.split(whole, 5):
         state = part.update(state, piece)
     assert torch.allclose(part.finish(state), once, rtol=1e-4, atol=1e-4), f"{part!r}: batches do not add up to the whole"
+
+
+@contract(Statistic)
+def a_dead_input_stays_exactly_zero(part: Statistic) -> None:
+    if part.source != "input":
+        return
+    weight = figures.weight(6, 8)
+    whole = figures.rows(weight)
+    whole[:, [2, 5]] = 0.0
+    state = part.start(weight)
+    for piece in torch.split(whole, 5):
+        state = part.update(state, piece)
+    found = part.finish(state)
+    assert not bool(found[..., [2, 5]].any()), f"{part!r}: an input that is always zero does not have an exact zero"
+    live = [0, 1, 3, 4, 6, 7]
+    assert bool((found.reshape(-1, 8)[:, live] != 0).any(0).all()), f"{part!r}: an input that is not zero looks dead"
+
+
+@contract(Statistic)
+def figures_fit_the_site_in_float32(part: Statistic) -> None:
+    for shape in ((6, 8), (4, 3, 3, 2), (1, 1)):
+        for dtype in (torch.float32, torch.bfloat16):
+            weight = figures.weight(*shape)
+            found = part.finish(part.update(part.start(weight), figures.SOURCES[part.source](weight).to(dtype)))
+            wanted = weight.shape if part.source == "gradient" else (*found.shape[:-1], weight[0].numel())
+            assert found.shape == wanted, f"{part!r}: {tuple(found.shape)} for a site of {shape}"
+            assert found.dtype == torch.float32, f"{part!r}: {found.dtype} for {dtype} input"

@@ -21,6 +21,10 @@ class Masked(View):
 
     mask: Tensor
 
+    @classmethod
+    def examples(cls) -> tuple[Masked, ...]:
+        return (cls(torch.arange(48).view(6, 8) % 3 != 0), cls(torch.ones(6, 8, dtype=torch.bool)))
+
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.register_buffer("mask", mask, persistent=False)

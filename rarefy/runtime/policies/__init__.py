@@ -1,0 +1,1 @@
+"""What leaves a full cache, one idea per file."""
