@@ -29,11 +29,12 @@ class Given:
     routing: Routing | Mapping[str, Routing] | None = None
 
 
-class _State(threading.local):
-    """One thread's view: the block it is in, and the root call it is in."""
+class _View:
+    """What one thread sees: the block it is in, and the root call it is in."""
 
-    given: Given | None = None
-    call: tuple[Context, Given] | None = None
+    def __init__(self) -> None:
+        self.given: Given | None = None
+        self.call: tuple[Context, Given] | None = None
 
 
 class Seat(nn.Module):
@@ -75,7 +76,7 @@ class Ambient:
     """
 
     def __init__(self) -> None:
-        self._state = _State()
+        self._views = _views()
         self._seats: list[Seat] = []
         self._handles: list[RemovableHandle] = []
 
@@ -107,51 +108,69 @@ class Ambient:
         unknown = set(fields) - {*_ROWS, "cache"}
         if unknown:
             raise BadInput(f"context field {sorted(unknown)[0]!r}", f"a block sets {', '.join((*_ROWS, 'cache', 'live', 'routing'))}")
-        outer = self._state.given
+        view = self._view()
+        outer = view.given
         base = outer or Given()
-        self._state.given = Given({**base.fields, **fields}, base.live if live is None else live, base.routing if routing is None else routing)
+        view.given = Given({**base.fields, **fields}, base.live if live is None else live, base.routing if routing is None else routing)
         try:
             yield self
         finally:
-            self._state.given = outer
+            view.given = outer
 
     def replay(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """The `context_fn` of non-reentrant checkpointing: the recomputation sees the context of this very call."""
-        if torch.compiler.is_compiling():  # a compiled checkpoint recomputes the graph, not the Python: nothing to replay
-            return nullcontext(), nullcontext()
-        return nullcontext(), self._again(self._state.call, self._state.given)
+        """The `context_fn` of non-reentrant checkpointing: the recomputation sees the context of this very call.
+
+        A compiled model needs none and torch refuses one there: what is recomputed is the graph, with its inputs.
+        """
+        return nullcontext(), self._again(self._view().call, self._view().given)
 
     @contextmanager
     def _again(self, call: tuple[Context, Given] | None, given: Given | None) -> Iterator[None]:
-        state, before = self._state, (self._state.call, self._state.given)
-        state.call, state.given = call or (_context(given), given or Given()), given
+        view = self._view()
+        before = (view.call, view.given)
+        view.call, view.given = call or (_context(given), given or Given()), given
         try:
             yield
         finally:
-            state.call, state.given = before
+            view.call, view.given = before
 
     def context(self, path: str) -> Context:
         """The context of the layer at `path` in the present call."""
-        call = self._state.call
+        view = self._view()
+        call = view.call
         if call is None:
             if replaying():
                 raise Refused(f"the recomputation of {path or 'the model'} under checkpointing", "it would not see the context of its call", _REMEDY)
-            call = (_context(self._state.given), self._state.given or Given())
+            call = (_context(view.given), view.given or Given())
         context, given = call
         return replace(context, live=_of_layer(given.live, path), routing=_of_layer(given.routing, path))
 
+    def _view(self) -> _View:
+        if not hasattr(self._views, "mine"):
+            self._views.mine = _View()
+        mine: _View = self._views.mine
+        return mine
+
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = self._state.given or Given()
-        self._state.call = (_read(args, kwargs, given.fields), given)
+        view = self._view()
+        given = view.given or Given()
+        view.call = (_read(args, kwargs, given.fields), given)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        self._state.call = None
+        self._view().call = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_state"}
+        return {key: value for key, value in self.__dict__.items() if key != "_views"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _state=_State())
+        self.__dict__.update(state, _views=_views())
+
+
+def _views() -> threading.local:
+    """A plain threading.local: a compiled forward loses what is written to a subclass of it."""
+    views = threading.local()
+    views.mine = _View()
+    return views
 
 
 _REMEDY = "checkpoint with use_reentrant=False and context_fn=ambient.replay"
@@ -215,7 +234,7 @@ def _positions(kwargs: Mapping[str, Any], mask: Tensor | None, batch: int, time:
     if mask is not None:
         return (mask.long().cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] - time :].reshape(-1)
     cache = kwargs.get("past_key_values")
-    past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+    past = 0 if cache is None else cache.get_seq_length()
     return (torch.arange(time, device=device) + past).repeat(batch)
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Generator, Tensor, nn
 
-from rarefy.core.records import Delta, Entries, Paper, Progress, Pruned, Units
+from rarefy.core.records import Context, Delta, Entries, Paper, Progress, Pruned, Routing, Units
 
 
 class Role(ABC):
@@ -174,6 +174,9 @@ class Choice(Role):
 
 class Overflow(Role):
     """(Routing, Context) -> Routing within capacity; reports what it dropped."""
+
+    @abstractmethod
+    def __call__(self, routing: Routing, context: Context) -> Routing: ...
 
 
 class Balance(Role):

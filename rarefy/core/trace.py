@@ -125,12 +125,20 @@ class Trace:
         for tap, collector in self._placed:
             tap.collectors.remove(collector)
         self._placed = []
-        if error is not None and _forbidden_side_effect(error):
-            remedy = "set torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True, or compile without fullgraph"
-            raise Refused("a Trace through a compiled checkpoint", "torch lets no record leave it as configured", remedy) from error
+        refusal = None if error is None else _refusal(error)
+        if refusal is not None:
+            raise refusal from error
         if kind is None and not self._chain.records():
             raise BadInput("Trace without an entry", "a routed layer must run inside the block", "open the trace before the forward")
 
 
-def _forbidden_side_effect(error: BaseException) -> bool:
-    return type(error).__module__.startswith("torch._dynamo") and "side effect" in str(error) and "checkpoint" in str(error)
+def _refusal(error: BaseException) -> Refused | None:
+    """What the compiler's own error means for a traced, checkpointed model; None for any other error."""
+    if not type(error).__module__.startswith("torch._dynamo") or "checkpoint" not in str(error):
+        return None
+    if "side effect" in str(error):
+        remedy = "set torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True, or compile without fullgraph"
+        return Refused("a Trace through a compiled checkpoint", "torch lets no record leave it as configured", remedy)
+    if "context_fn" in str(error):
+        return Refused("context_fn in a compiled checkpoint", "torch takes none there, and the compiled recomputation needs none", "leave context_fn out when compiling")
+    return None

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rarefy.core.records import Rows
 from rarefy.core.roles import Bank
+from rarefy.experts.grouped import grouped_linear
 
 
 class GLU(Bank):
@@ -44,3 +46,8 @@ class GLU(Bank):
         """Row n [H] through expert[n]; gathers one expert's weights per row, so for few rows only."""
         inner = self._gated(torch.einsum("nh,noh->no", x, self.gate_up_proj[expert]))
         return torch.einsum("ni,nhi->nh", inner, self.down_proj[expert])
+
+    def grouped(self, rows: Rows) -> Tensor:
+        """Every assignment through its expert in two registered ops, [N, H] sorted by expert."""
+        inner = self._gated(grouped_linear(rows.x, self.gate_up_proj, rows.offsets, item=rows.item))
+        return grouped_linear(inner, self.down_proj, rows.offsets)
