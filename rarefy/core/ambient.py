@@ -59,7 +59,8 @@ class Ambient:
 
     Raises:
         BadInput: the model has no routed layer; a mask that is not [B, past + T] (set `valid` in a block instead).
-        Refused: the model has an Ambient already; a checkpointed layer is recomputed without `replay`.
+        Refused: the model has an Ambient already, or is an encoder with a decoder (attach one to each); a checkpointed layer is
+            recomputed without `replay`.
 
     >>> class Host(nn.Module):
     ...     def __init__(self):
@@ -88,6 +89,8 @@ class Ambient:
             raise BadInput(f"Ambient of {type(model).__name__}", "it needs a model with at least one routed layer")
         if any(seat.ambient is not None for seat in seats.values()):
             raise Refused(f"a second Ambient on {type(model).__name__}", "a layer reads one context", "detach the first one")
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True:
+            raise Refused(f"one Ambient on {type(model).__name__}", "its encoder and decoder see different tokens", "attach one to each of the two")
         ambient = cls()
         for path, seat in seats.items():
             seat.ambient, seat.path = ambient, path.rpartition(".")[0]

@@ -42,7 +42,7 @@ def _spans(offsets: Tensor) -> Iterator[tuple[int, slice]]:
         start = end
 
 
-@torch.library.custom_op("rarefy::grouped_linear", mutates_args=())
+@torch.library.custom_op("rarefy::grouped_linear", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? item, Tensor offsets) -> Tensor")
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, item: Tensor | None, offsets: Tensor) -> Tensor:
     out = x.new_zeros((x if item is None else item).shape[0], weight.shape[1])
     for expert, span in _spans(offsets):
@@ -51,7 +51,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, item: Tensor | None,
     return out
 
 
-@torch.library.custom_op("rarefy::grouped_outer", mutates_args=())
+@torch.library.custom_op("rarefy::grouped_outer", mutates_args=(), schema="(Tensor g, Tensor x, Tensor? item, Tensor offsets) -> Tensor")
 def _outer(g: Tensor, x: Tensor, item: Tensor | None, offsets: Tensor) -> Tensor:
     """Per expert the sum over its rows of g_n x_{item_n}': g [N, O], x [R, I] -> [E, O, I]."""
     out = x.new_zeros(offsets.shape[0], g.shape[1], x.shape[1])

@@ -1,0 +1,122 @@
+"""The registered ops of a bank against the loop over experts: values, gradients, second derivatives, autocast, the compiler's own checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from rarefy.core.errors import BadInput
+from rarefy.core.records import Routing
+from rarefy.experts.banks.glu import GLU
+from rarefy.experts.dispatch import Backend, dispatch, fused, gather, loop
+from rarefy.experts.grouped import _linear, _outer, grouped_linear
+
+NOBODY = {"all to nobody": [4, 4, 4, 4], "no rows": [], "one expert": [2, 2, 2, 2], "empty ones between": [0, 3, 3, 4, 0, 4], "mixed": [3, 1, 0, 2, 4, 1]}
+
+
+def results(bank: GLU, x: Tensor, routing: Routing, backend: Backend) -> list[Tensor]:
+    x, w = x.clone().requires_grad_(), routing.weight.clone().requires_grad_()
+    bank.zero_grad()
+    y = dispatch(x, Routing(routing.expert, w, routing.items, routing.experts, routing.k), bank, backend=backend)
+    (y * torch.arange(y.numel(), dtype=y.dtype).view_as(y).cos()).sum().backward()
+    return [y.detach(), *(torch.zeros_like(t) if t.grad is None else t.grad for t in (x, w, bank.gate_up_proj, bank.down_proj))]
+
+
+@pytest.mark.parametrize("expert", NOBODY.values(), ids=NOBODY)
+@pytest.mark.parametrize("backend", [fused, gather])
+def test_back_ends_equal_the_loop(expert: list[int], backend: Backend) -> None:
+    bank, rows = GLU(4, 5, 3), len(expert) // 2
+    routing = Routing(torch.tensor(expert, dtype=torch.long), torch.rand(len(expert)), rows, 4, 2)
+    x = torch.randn(rows, 5)
+    for got, want in zip(results(bank, x, routing, backend), results(bank, x, routing, loop), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999), rows=st.integers(0, 40), experts=st.integers(1, 9), k=st.integers(1, 3))
+def test_fused_equals_the_loop(seed: int, rows: int, experts: int, k: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    bank = GLU(experts, 5, 3)
+    routing = Routing(torch.randint(0, experts + 1, (rows * k,), generator=g), torch.rand(rows * k, generator=g), rows, experts, k)
+    x = torch.randn(rows, 5, generator=g)
+    for got, want in zip(results(bank, x, routing, fused), results(bank, x, routing, loop), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+
+
+CASES = [
+    pytest.param([2, 2, 5], None, id="an empty expert, a row beyond"),
+    pytest.param([0, 0, 0], None, id="nobody"),
+    pytest.param([1, 3, 4], [2, 0, 1, 0, 2, 1], id="gathered"),
+]
+
+
+def operands(offsets: list[int], item: list[int] | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    rows = 6 if item is None else 3
+    x, weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((rows, 3), (3, 2, 3), (3, 2)))
+    return x, weight, bias, torch.tensor(offsets), None if item is None else torch.tensor(item)
+
+
+@pytest.mark.parametrize(("offsets", "item"), CASES)
+def test_first_and_second_derivatives(offsets: list[int], item: list[int] | None) -> None:
+    x, weight, bias, ends, rows = operands(offsets, item)
+
+    def f(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return grouped_linear(x, weight, ends, item=rows, bias=bias)
+
+    assert torch.autograd.gradcheck(f, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(f, (x, weight, bias))
+
+
+@pytest.mark.parametrize(("offsets", "item"), CASES)
+def test_the_ops_keep_the_compilers_rules(offsets: list[int], item: list[int] | None) -> None:
+    x, weight, bias, ends, rows = operands(offsets, item)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(_linear, (x, weight, bias, rows, ends), test_utils=checks)
+    torch.library.opcheck(_outer, (torch.randn(6, 2, dtype=torch.float64), x, rows, ends), test_utils=checks)
+
+
+def test_transposed_weights_and_frozen_ones() -> None:
+    x, weight, ends = torch.randn(5, 3, requires_grad=True), torch.randn(2, 3, 4), torch.tensor([2, 5])
+    y = grouped_linear(x, weight.transpose(1, 2), ends)
+    want = torch.cat([x[:2] @ weight[0], x[2:] @ weight[1]])
+    torch.testing.assert_close(y, want)
+    for got, expected in zip(torch.autograd.grad(y.sum(), x), torch.autograd.grad(want.sum(), x), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_autocast_computes_in_the_type_of_the_loop() -> None:
+    bank, x = GLU(3, 8, 4), torch.randn(6, 8)
+    routing = Routing(torch.tensor([0, 2, 2, 1, 0, 3]), torch.ones(6), 6, 3, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, want = (dispatch(x, routing, bank, backend=b) for b in (fused, loop))
+        assert grouped_linear(x, bank.gate_up_proj, torch.tensor([2, 4, 6])).dtype == torch.bfloat16
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want)
+    assert not torch.equal(got, dispatch(x, routing, bank, backend=loop))
+
+
+class OnlySplit:
+    """A bank that has no grouped computation."""
+
+    experts = 1
+
+    def split(self) -> list[Callable[[Tensor], Tensor]]:
+        return [F.relu]
+
+    def each(self, x: Tensor, expert: Tensor) -> Tensor:
+        return F.relu(x)
+
+
+def test_a_bank_without_the_op_is_refused_by_name_and_served_by_the_loop() -> None:
+    routing: Any = Routing(torch.zeros(2, dtype=torch.long), torch.ones(2), 2, 1, 1)
+    with pytest.raises(BadInput, match="OnlySplit in one op"):
+        dispatch(torch.ones(2, 2), routing, OnlySplit(), backend=fused)
+    assert torch.equal(dispatch(torch.ones(2, 2), routing, OnlySplit()), torch.ones(2, 2))
