@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rarefy.core.errors import BadInput
-from rarefy.core.records import Routing
+from rarefy.core.records import Routing, Rows
 from rarefy.experts.banks.glu import GLU
 from rarefy.experts.dispatch import Backend, dispatch, fused, gather, loop
 from rarefy.experts.grouped import _linear, _outer, grouped_linear
@@ -120,3 +120,21 @@ def test_a_bank_without_the_op_is_refused_by_name_and_served_by_the_loop() -> No
     with pytest.raises(BadInput, match="OnlySplit in one op"):
         dispatch(torch.ones(2, 2), routing, OnlySplit(), backend=fused)
     assert torch.equal(dispatch(torch.ones(2, 2), routing, OnlySplit()), torch.ones(2, 2))
+
+
+class Shifted(GLU):
+    """Experts that do not map zero to zero."""
+
+    def split(self) -> list[Callable[[Tensor], Tensor]]:
+        return [lambda x, f=f: f(x) + 1 for f in super().split()]
+
+    def grouped(self, rows: Rows) -> Tensor:
+        return super().grouped(rows) + 1
+
+
+def test_nobodys_rows_are_zero_whatever_the_experts_add() -> None:
+    bank, x = Shifted(3, 5, 3), torch.randn(4, 5)
+    routing = Routing(torch.tensor([3, 1, 3, 0]), torch.ones(4), 4, 3, 1)
+    got, want = (dispatch(x, routing, bank, backend=b) for b in (fused, loop))
+    torch.testing.assert_close(got, want)
+    assert not got[[0, 2]].any()

@@ -134,6 +134,17 @@ def test_capacity_drops_and_the_output_follows(ours: bool) -> None:
     assert not torch.allclose(outs[0], run(model)[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("ours", [False, True], ids=["eager", "rarefy"])
+def test_what_a_rule_sends_to_nobody_counts_for_nothing(ours: bool) -> None:
+    nobody = adapt(build(), lambda r, c: replace(r, expert=torch.full_like(r.expert, r.experts)))
+    skipped = build()
+    for layer in skipped.model.layers:
+        layer.mlp.register_forward_hook(lambda m, args, out: torch.zeros_like(out))
+    if ours:
+        use_experts(nobody)
+    assert torch.equal(nobody(IDS).logits, skipped(IDS).logits)
+
+
 def test_padding_reaches_a_foreign_routers_entry() -> None:
     model = adapt(build(), Capacity(4.0, 4.0))
     Ambient.attach(model)
