@@ -217,13 +217,14 @@ def test_refusals() -> None:
         model(IDS)
 
 
-def test_a_compiled_mixtral_with_our_experts_and_a_rule_equals_eager() -> None:
+@pytest.mark.parametrize(("kind", "rule"), [("Mixtral", None), ("GptOss", Capacity(0.5, 0.5))])
+def test_compiled_in_one_graph_our_experts_equal_transformers_own(kind: str, rule: Any) -> None:
     torch._dynamo.reset()
-    model = use_experts(adapt(build(), Capacity(0.5, 0.5)))
-    call: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    eager = adapt(build(kind), rule)
+    ours = use_experts(copy.deepcopy(eager))
+    call: Any = torch.compile(ours, backend="aot_eager", fullgraph=True)
     found = []
-    for forward in (model, call):
-        model.zero_grad()
+    for model, forward in ((eager, eager), (ours, call)):
         with Trace(model) as trace:
             out = forward(IDS, use_cache=False).logits
             (out.square().sum() + torch.stack([LoadBalance()(e) for e in trace.entries]).sum()).backward()
