@@ -145,6 +145,19 @@ def test_two_forwards_before_one_backward_are_exact(choice: Switch | TopK) -> No
     same(two_forwards(host, compiled(host)), want)
 
 
+def test_jitter_is_replayed_too() -> None:
+    found = []
+    for options in (None, replayed):
+        host, _ = build(TopK(2), options)
+        for layer in host.moe:
+            layer.affinity.linear.jitter = 0.5
+        torch.manual_seed(1)
+        found.append(two_forwards(host, host))
+    same(found[1], found[0])
+    host, _ = build(TopK(2))
+    assert not torch.equal(two_forwards(host, host)[0], found[0][0])
+
+
 @pytest.mark.parametrize("options", [bare, reentrant])
 def test_a_compiled_checkpoint_is_exact_once_records_may_leave_it(options: Options) -> None:
     """The compiler recomputes the graph with its inputs: nothing to replay, and reentrant has no meaning there."""

@@ -94,6 +94,18 @@ def adapt(model: nn.Module, rule: Rule | None = None) -> nn.Module:
         BadInput: no router beside experts of transformers' kind; at the call, a router that answers in no known form, or a
             rule's Routing that does not fit the model.
         Refused: the model is adapted already; live experts, which a foreign router cannot heed.
+
+    >>> import torch
+    >>> from transformers import MixtralConfig, MixtralForCausalLM
+    >>> from rarefy.core.trace import Trace
+    >>> from rarefy.experts.overflow.capacity import Capacity
+    >>> sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    >>> model = adapt(MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2)), Capacity(0.5))
+    >>> with Trace(model) as trace:
+    ...     _ = model(torch.arange(4)[None])
+    >>> entry = trace.entries[0]  # two of two experts for each of four tokens, half of them served
+    >>> entry.path, entry.routing.counts().tolist(), entry.routing.dropped.tolist()
+    ('model.layers.0.mlp.gate', [2, 2], [2, 2])
     """
     found = list(routers(model))
     if not found:
