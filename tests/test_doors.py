@@ -421,7 +421,7 @@ def test_balance_over_the_live_experts() -> None:
     even = Routing(torch.tensor([0, 2, 3, 0, 0]), torch.ones(5), 5, 4, 1, scores=Scores(torch.zeros(5, 4)))
     collapsed = Scores(torch.zeros(5, 4).index_fill(1, torch.tensor([2]), 50.0))
     entry = seen_entry(moe, Context(live=live, valid=valid))
-    for scores, expert, want in ((even.scores, even.expert, 1.0), (collapsed, torch.full((5,), 2), 3.0)):
+    for scores, expert, want in ((even.scores, even.expert, 1.0), (collapsed, torch.tensor([2, 2, 2, 0, 0]), 3.0)):
         routing = Routing(expert, torch.ones(5), 5, 4, 1, scores=scores)
         assert LoadBalance(1.0)(type(entry)("layer", 0, moe, routing, entry.context)).item() == pytest.approx(want)
 
