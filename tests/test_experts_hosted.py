@@ -15,6 +15,7 @@ from rarefy.core.trace import Trace
 from rarefy.experts.balance.switch_balance import LoadBalance
 from rarefy.experts.banks.glu import GLU
 from rarefy.experts.moe import MoE
+from rarefy.experts.overflow.capacity import Capacity
 from rarefy.experts.routers.topk import TopK
 from tests.test_doors import ByToken
 
@@ -30,7 +31,7 @@ def hosted() -> tuple[Any, Ambient]:
     config = transformers.LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
     model = transformers.LlamaForCausalLM(config)
     for block in model.model.layers:
-        block.mlp = MoE(ByToken(), TopK(1, renormalise=False), GLU(4, 8, 6))
+        block.mlp = MoE(ByToken(), TopK(1, renormalise=False), GLU(4, 8, 6), Capacity(8.0, 8.0))  # no bound is met, but padding goes to nobody
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.6)
     return model, Ambient.attach(model)
