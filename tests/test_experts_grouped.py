@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,6 +18,9 @@ from rarefy.core.records import Routing, Rows
 from rarefy.experts.banks.glu import GLU
 from rarefy.experts.dispatch import Backend, dispatch, fused, gather, loop
 from rarefy.experts.grouped import _linear, _outer, grouped_linear
+from rarefy.experts.moe import MoE
+from rarefy.experts.routers.linear import Linear
+from rarefy.experts.routers.topk import TopK
 
 NOBODY = {"all to nobody": [4, 4, 4, 4], "no rows": [], "one expert": [2, 2, 2, 2], "empty ones between": [0, 3, 3, 4, 0, 4], "mixed": [3, 1, 0, 2, 4, 1]}
 
@@ -101,6 +105,21 @@ def test_autocast_computes_in_the_type_of_the_loop() -> None:
     assert got.dtype == want.dtype
     torch.testing.assert_close(got, want)
     assert not torch.equal(got, dispatch(x, routing, bank, backend=loop))
+
+
+@pytest.mark.skipif(not hasattr(torch._functorch.config, "backward_pass_autocast"), reason="this torch cannot run a compiled backward without autocast")
+def test_a_compiled_layer_under_autocast_equals_eager() -> None:
+    torch._dynamo.reset()
+    moe, x = MoE(Linear(8, 3), TopK(2), GLU(3, 8, 4)), torch.randn(6, 8)
+    call: Any = torch.compile(moe, backend="aot_eager", fullgraph=True)
+    # By default the compiler runs the whole backward under the forward's autocast, the float32 router's too.
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch._functorch.config.patch(backward_pass_autocast="off"):
+        got, want = call(x), moe(x)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want)
+    for a, b in zip(*(torch.autograd.grad(y.sum(), list(moe.parameters())) for y in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)
+    torch._dynamo.reset()
 
 
 class OnlySplit:

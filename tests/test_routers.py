@@ -32,13 +32,16 @@ MODELS = {
 IDS = torch.arange(10).view(2, 5)
 
 
-def build(kind: str = "Mixtral", **options: Any) -> Any:
+HOSTS = ["eager", "batched_mm", "grouped_mm", "rarefy"]
+
+
+def build(kind: str = "Mixtral", host: str = "eager", **options: Any) -> Any:
     config = getattr(transformers, f"{kind}Config")(**{**SMALL, **MODELS[kind], **options})
     torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForCausalLM")._from_config(config, experts_implementation="eager")
+    model = getattr(transformers, f"{kind}ForCausalLM")._from_config(config, experts_implementation="eager" if host == "rarefy" else host)
     for parameter in model.parameters():  # some routers and biases start at zero
         nn.init.normal_(parameter, std=0.3)
-    return model.eval()
+    return use_experts(model.eval()) if host == "rarefy" else model.eval()
 
 
 def run(model: Any) -> list[Tensor]:
@@ -95,26 +98,23 @@ def forced(expert: int) -> Any:
     return rule
 
 
-@pytest.mark.parametrize("ours", [False, True], ids=["eager", "rarefy"])
+@pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("kind", MODELS)
-def test_forcing_everything_to_one_expert_equals_that_expert_alone(kind: str, ours: bool) -> None:
-    lone = build(kind)
+def test_forcing_everything_to_one_expert_equals_that_expert_alone(kind: str, host: str) -> None:
+    lone = build(kind, host)
     model = adapt(copy.deepcopy(lone), forced(0))
     for _, router, experts in routers(lone):
         router.register_forward_hook(lambda m, a, out: (out[0], torch.full_like(out[1], 0.5), torch.zeros_like(out[2])))
         for name in ("gate_up_proj", "down_proj"):
             getattr(experts, name).data[1:] = float("nan")
-    got, want = (use_experts(m) if ours else m for m in (model, lone))
-    torch.testing.assert_close(got(IDS).logits, want(IDS).logits, atol=1e-5, rtol=1e-5)
-    assert torch.isfinite(want(IDS).logits).all()
+    torch.testing.assert_close(model(IDS).logits, lone(IDS).logits, atol=1e-5, rtol=1e-5)
+    assert torch.isfinite(lone(IDS).logits).all()
 
 
-@pytest.mark.parametrize("ours", [False, True], ids=["eager", "rarefy"])
-def test_capacity_drops_and_the_output_follows(ours: bool) -> None:
-    model = build()
+@pytest.mark.parametrize("host", HOSTS)
+def test_capacity_drops_and_the_output_follows(host: str) -> None:
+    model = build(host=host)
     bounded = adapt(copy.deepcopy(model), Capacity(0.5, 0.5))
-    if ours:
-        use_experts(bounded)
     with Trace(bounded) as trace:
         outs = run(bounded)
     for entry in trace.entries:
@@ -134,14 +134,12 @@ def test_capacity_drops_and_the_output_follows(ours: bool) -> None:
     assert not torch.allclose(outs[0], run(model)[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("ours", [False, True], ids=["eager", "rarefy"])
-def test_what_a_rule_sends_to_nobody_counts_for_nothing(ours: bool) -> None:
-    nobody = adapt(build(), lambda r, c: replace(r, expert=torch.full_like(r.expert, r.experts)))
+@pytest.mark.parametrize("host", HOSTS)
+def test_what_a_rule_sends_to_nobody_counts_for_nothing(host: str) -> None:
+    nobody = adapt(build(host=host), lambda r, c: replace(r, expert=torch.full_like(r.expert, r.experts)))
     skipped = build()
     for layer in skipped.model.layers:
         layer.mlp.register_forward_hook(lambda m, args, out: torch.zeros_like(out))
-    if ours:
-        use_experts(nobody)
     assert torch.equal(nobody(IDS).logits, skipped(IDS).logits)
 
 
