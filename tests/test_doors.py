@@ -278,6 +278,21 @@ def inductor() -> str:
     return "inductor"
 
 
+def test_a_compiled_function_around_the_model_traces_its_hooks_too() -> None:
+    host, _ = build(TopK(2))
+
+    def step(ids: Tensor, mask: Tensor) -> Tensor:
+        return host(ids, attention_mask=mask).sin().sum()
+
+    call: Any = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for ids, mask in ((IDS, MASK), (IDS.flip(1), MASK.flip(0))):
+        with Trace(host) as trace:
+            assert torch.equal(call(ids, mask), step(ids, mask))
+        valid = [e.context.valid for e in trace.entries]
+        assert len(valid) == 4 and all(v is not None and torch.equal(v, mask.bool().reshape(-1)) for v in valid)
+        assert host.moe[0].seat() == Context()
+
+
 def test_inductor_agrees() -> None:
     moe = layer(Switch())
     x = torch.randn(5, 8)
