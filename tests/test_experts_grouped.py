@@ -21,6 +21,7 @@ from rarefy.experts.grouped import _linear, _outer, grouped_linear
 from rarefy.experts.moe import MoE
 from rarefy.experts.routers.linear import Linear
 from rarefy.experts.routers.topk import TopK
+from rarefy.experts.split import Split
 
 NOBODY = {"all to nobody": [4, 4, 4, 4], "no rows": [], "one expert": [2, 2, 2, 2], "empty ones between": [0, 3, 3, 4, 0, 4], "mixed": [3, 1, 0, 2, 4, 1]}
 
@@ -120,6 +121,37 @@ def test_a_compiled_layer_under_autocast_equals_eager() -> None:
     for a, b in zip(*(torch.autograd.grad(y.sum(), list(moe.parameters())) for y in (got, want)), strict=True):
         torch.testing.assert_close(a, b)
     torch._dynamo.reset()
+
+
+def test_only_the_experts_that_run_are_made() -> None:
+    made: list[int] = []
+
+    class Counts(GLU):
+        def split(self) -> Split:
+            whole = super().split()
+            return Split(self.experts, lambda e: made.append(e) or whole[e])  # type: ignore[func-returns-value]
+
+    routing = Routing(torch.tensor([7, 2, 9, 2]), torch.ones(4), 4, 9, 1)
+    dispatch(torch.ones(4, 5), routing, Counts(9, 5, 3))
+    assert made == [2, 7]
+    whole = GLU(3, 5, 3).split()
+    assert len(whole) == 3 and len(whole[1:]) == 2 and len(list(whole)) == 3
+    with pytest.raises(IndexError):
+        whole[3]
+
+
+def test_one_gradient_reaches_a_fused_tensor_not_one_per_expert() -> None:
+    bank, x = GLU(64, 4, 3), torch.randn(40, 4)
+    routing = Routing(torch.arange(40), torch.ones(40), 40, 64, 1)
+    y = dispatch(x, routing, bank)
+    nodes, seen = [y.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [n for n, _ in node.next_functions]
+    names = [type(n).__name__ for n in seen]
+    assert names.count("UnbindBackward0") == 2 and "SelectBackward0" not in names
 
 
 class OnlySplit:

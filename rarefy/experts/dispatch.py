@@ -11,8 +11,6 @@ from torch import Tensor
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Routing, Rows
 
-FEW = 4  # assignments up to which gathering weights per row is tried first
-
 
 class Experts(Protocol):
     """What dispatch asks of a bank: a function per expert, and one that takes a row's expert along."""
@@ -37,9 +35,9 @@ Backend = Callable[[Rows, Experts], Tensor]
 def loop(rows: Rows, bank: Experts) -> Tensor:
     """Expert by expert over the non-empty ones, gathering rows inside the loop; the assigned rows, sorted by expert."""
     experts, out, start = bank.split(), [], 0
-    for expert, end in zip(experts, rows.offsets.tolist(), strict=True):
+    for expert, end in enumerate(rows.offsets.tolist()):
         if end > start:
-            out.append(expert(rows.x[rows.item[start:end]]))
+            out.append(experts[expert](rows.x[rows.item[start:end]]))
         start = end
     return torch.cat(out) if out else experts[0](rows.x[:0])
 
@@ -63,15 +61,15 @@ def fused(rows: Rows, bank: Experts) -> Tensor:
 def _default(rows: Rows, bank: Experts) -> Backend:
     if torch.compiler.is_compiling() and isinstance(bank, Grouped):
         return fused
-    return gather if rows.item.numel() <= FEW else loop
+    return loop
 
 
 def dispatch(x: Tensor, routing: Routing, bank: Experts, context: Context | None = None, backend: Backend | None = None) -> Tensor:
     """Sum each row's weighted experts: ``y_r = sum_n [item_n = r] w_n E_{expert_n}(x_r)``.
 
     x [R, d] -> y [R, d_out]. Assignments to nobody (expert E) cost nothing, and a row without any gets exact zeros.
-    `backend` is `loop`, `gather` or `fused`; all are exact. By default `fused` serves a compiled forward, `gather` up to FEW
-    assignments, `loop` the rest.
+    `backend` is `loop`, `gather` or `fused`; all are exact. By default `fused` serves a compiled forward and `loop` the rest
+    (`gather` copies weights: it was faster for the narrowest experts only).
     """
     rows = _sorted(x, routing, context or Context())
     y = (backend or _default(rows, bank))(rows, bank)

@@ -13,6 +13,7 @@ from rarefy.core.errors import BadInput, MissingExtra
 from rarefy.core.records import Routing, Rows
 from rarefy.experts.dispatch import dispatch
 from rarefy.experts.grouped import grouped_linear
+from rarefy.experts.split import Expert, Split, slices
 
 IMPLEMENTATION = "rarefy"
 
@@ -35,15 +36,19 @@ class _Host:
         weight = getattr(self.module, name)
         return weight.transpose(1, 2) if self.module.is_transposed else weight, getattr(self.module, f"{name}_bias") if self.module.has_bias else None
 
-    def split(self) -> list[Callable[[Tensor], Tensor]]:
-        (up, up_bias), (down, down_bias) = self._pair(self.first), self._pair("down_proj")
-        none = [None] * self.experts
-        parts = zip(up.unbind(0), none if up_bias is None else up_bias.unbind(0), down.unbind(0), none if down_bias is None else down_bias.unbind(0), strict=True)
-        return [self._expert(*part) for part in parts]
+    def split(self) -> Split:
+        first, second = self._slices(self.first), self._slices("down_proj")
 
-    def _expert(self, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        linear = nn.functional.linear
-        return lambda x: self._last(linear(self._middle(linear(x, up, up_bias)), down, down_bias))
+        def expert(e: int) -> Expert:
+            up, down = first(e), second(e)
+            return lambda x: self._last(nn.functional.linear(self._middle(nn.functional.linear(x, *up)), *down))
+
+        return Split(self.experts, expert)
+
+    def _slices(self, name: str) -> Callable[[int], tuple[Tensor, Tensor | None]]:
+        weight, bias = self._pair(name)
+        weights, biases = slices(weight), None if bias is None else slices(bias)
+        return lambda e: (weights[e], None if biases is None else biases[e])
 
     def each(self, x: Tensor, expert: Tensor) -> Tensor:
         h = self._middle(self._rowwise(x, expert, self.first))
