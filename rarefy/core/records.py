@@ -267,7 +267,12 @@ class Routing:
 
     def counts(self) -> Tensor:
         """How many rows each expert gets, [E]; the sentinel is not counted."""
-        return torch.bincount(self.expert, minlength=self.experts + 1)[: self.experts]
+        return self.count(torch.ones_like(self.expert))
+
+    def count(self, chosen: Tensor) -> Tensor:
+        """How many of the assignments where `chosen` [N] is 1 or True go to each expert, [E]; shapes stay static, for the compiler."""
+        zeros = torch.zeros(self.experts + 1, dtype=torch.long, device=self.expert.device)
+        return zeros.scatter_add(0, self.expert, chosen.long())[: self.experts]
 
 
 @dataclass(frozen=True)

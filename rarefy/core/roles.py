@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Generator, Tensor, nn
 
-from rarefy.core.records import Access, Delta, Entries, Key, Paper, Progress, Pruned, Units
+from rarefy.core.records import Access, Context, Delta, Entries, Key, Paper, Progress, Pruned, Routing, Units
 
 
 class Role(ABC):
@@ -182,6 +182,9 @@ class Choice(Role):
 
 class Overflow(Role):
     """(Routing, Context) -> Routing within capacity; reports what it dropped."""
+
+    @abstractmethod
+    def __call__(self, routing: Routing, context: Context) -> Routing: ...
 
 
 class Balance(Role):

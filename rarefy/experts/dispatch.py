@@ -1,16 +1,15 @@
-"""Exact dispatch: rows to their experts and back, by two back ends that agree."""
+"""Exact dispatch: rows to their experts and back, by three back ends that agree."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Routing, Rows
-
-FEW = 4  # assignments up to which gathering weights per row is tried first
 
 
 class Experts(Protocol):
@@ -23,36 +22,64 @@ class Experts(Protocol):
     def each(self, x: Tensor, expert: Tensor) -> Tensor: ...
 
 
+@runtime_checkable
+class Grouped(Protocol):
+    """A bank whose experts also run all at once over their own rows, by `grouped_linear`: Rows -> [N, d]."""
+
+    def grouped(self, rows: Rows) -> Tensor: ...
+
+
 Backend = Callable[[Rows, Experts], Tensor]
 
 
 def loop(rows: Rows, bank: Experts) -> Tensor:
-    """Expert by expert over the non-empty ones, gathering rows inside the loop; [N, d] sorted by expert."""
+    """Expert by expert over the non-empty ones, gathering rows inside the loop; the assigned rows, sorted by expert."""
     experts, out, start = bank.split(), [], 0
-    for expert, end in zip(experts, rows.offsets.tolist(), strict=True):
+    for expert, end in enumerate(rows.offsets.tolist()):
         if end > start:
-            out.append(expert(rows.x[rows.item[start:end]]))
+            out.append(experts[expert](rows.x[rows.item[start:end]]))
         start = end
     return torch.cat(out) if out else experts[0](rows.x[:0])
 
 
 def gather(rows: Rows, bank: Experts) -> Tensor:
-    """All assignments at once, each with a copy of its expert's weights; [N, d] sorted by expert."""
-    return bank.each(rows.x[rows.item], rows.expert)
+    """All assignments at once, each with a copy of its expert's weights; the assigned rows, sorted by expert."""
+    assigned = int(rows.offsets[-1])
+    return bank.each(rows.x[rows.item[:assigned]], rows.expert[:assigned])
+
+
+def fused(rows: Rows, bank: Experts) -> Tensor:
+    """In registered ops, without looking at the counts in Python: [N, d] sorted by expert, zeros for nobody's rows.
+
+    What a compiled forward runs; in eager its call overhead (tens of microseconds) buys nothing. BadInput for a bank without `grouped`.
+    """
+    if not isinstance(bank, Grouped):
+        raise BadInput(f"{type(bank).__name__} in one op", "the bank has no method grouped(rows)", "use the back end loop, outside torch.compile(fullgraph=True)")
+    return bank.grouped(rows).masked_fill((rows.expert >= bank.experts)[:, None], 0.0)
+
+
+def _default(rows: Rows, bank: Experts) -> Backend:
+    if torch.compiler.is_compiling() and isinstance(bank, Grouped):
+        return fused
+    return loop
 
 
 def dispatch(x: Tensor, routing: Routing, bank: Experts, context: Context | None = None, backend: Backend | None = None) -> Tensor:
     """Sum each row's weighted experts: ``y_r = sum_n [item_n = r] w_n E_{expert_n}(x_r)``.
 
     x [R, d] -> y [R, d_out]. Assignments to nobody (expert E) cost nothing, and a row without any gets exact zeros.
-    `backend` is `loop` or `gather`; both are exact. By default `gather` serves up to FEW assignments.
+    `backend` is `loop`, `gather` or `fused`; all are exact. By default `fused` serves a compiled forward and `loop` the rest
+    (`gather` copies weights: it was faster for the narrowest experts only).
     """
-    expert, order = routing.expert.sort(stable=True)
-    offsets = torch.searchsorted(expert, torch.arange(routing.experts, device=expert.device), right=True)
-    order = order[: int((routing.expert < routing.experts).sum())]
-    item, expert, weight = routing.rows()[order], expert[: order.numel()], routing.weight[order]
-    rows = Rows(x, item, expert, weight, offsets, context=context or Context())
-    run = backend or (gather if order.numel() <= FEW else loop)
-    y = run(rows, bank)
+    rows = _sorted(x, routing, context or Context())
+    y = (backend or _default(rows, bank))(rows, bank)
+    item, weight = rows.item[: y.shape[0]], rows.weight[: y.shape[0]]
     y = (y * weight[:, None]).to(x.dtype)
     return y.new_zeros(x.shape[0], y.shape[1]).index_add(0, item, y)
+
+
+def _sorted(x: Tensor, routing: Routing, context: Context) -> Rows:
+    """All N assignments by expert, those to nobody last."""
+    expert, order = routing.expert.sort(stable=True)
+    offsets = torch.searchsorted(expert, torch.arange(routing.experts, device=expert.device), right=True)
+    return Rows(x, routing.rows()[order], expert, routing.weight[order], offsets, context=context)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-from torch import Tensor
+from torch import Tensor, finfo
 
 from rarefy.core.records import Routing
 
@@ -13,11 +12,12 @@ from rarefy.core.records import Routing
 def keep(routing: Routing, mask: Tensor) -> Routing:
     """Assign to nobody where `mask` [N] is False, and count per expert [E] what was lost; shapes stay as they are.
 
+    >>> import torch
     >>> r = keep(Routing(torch.tensor([0, 1]), torch.ones(2), 2, 2, k=1), torch.tensor([True, False]))
     >>> r.expert.tolist(), r.weight.tolist(), r.dropped.tolist()
     ([0, 2], [1.0, 0.0], [0, 1])
     """
-    lost = torch.bincount(routing.expert[~mask], minlength=routing.experts + 1)[: routing.experts]
+    lost = routing.count(~mask)
     dropped = lost if routing.dropped is None else routing.dropped + lost
     return replace(routing, expert=routing.expert.where(mask, routing.experts), weight=routing.weight.masked_fill(~mask, 0.0), dropped=dropped)
 
@@ -25,6 +25,7 @@ def keep(routing: Routing, mask: Tensor) -> Routing:
 def unpadded(routing: Routing, valid: Tensor | None) -> Routing:
     """Send the assignments of padding (`valid` [R] False) to nobody, without counting them as dropped.
 
+    >>> import torch
     >>> unpadded(Routing(torch.tensor([0, 1]), torch.ones(2), 2, 2, k=1), torch.tensor([True, False])).expert.tolist()
     [0, 2]
     """
@@ -37,6 +38,7 @@ def unpadded(routing: Routing, valid: Tensor | None) -> Routing:
 def dense(routing: Routing) -> Tensor:
     """The combine weights as a matrix [R, E]; several assignments of one row to one expert add up.
 
+    >>> import torch
     >>> dense(Routing(torch.tensor([1, 2]), torch.tensor([0.5, 9.0]), 2, 2, k=1)).tolist()
     [[0.0, 0.5], [0.0, 0.0]]
     """
@@ -47,12 +49,13 @@ def dense(routing: Routing) -> Tensor:
 def probabilities(logits: Tensor, live: Tensor | None) -> Tensor:
     """Softmax [R, E] over the live experts [E]; a dead expert gets exactly 0, and all get 0 where nobody is live.
 
+    >>> import torch
     >>> probabilities(torch.zeros(1, 2), torch.tensor([True, False])).tolist()
     [[1.0, 0.0]]
     """
     if live is None:
         return logits.softmax(-1)
-    return logits.masked_fill(~live, torch.finfo(logits.dtype).min).softmax(-1) * live
+    return logits.masked_fill(~live, finfo(logits.dtype).min).softmax(-1) * live
 
 
 def alive(expert: Tensor, live: Tensor | None) -> Tensor:

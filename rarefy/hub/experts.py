@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.core.errors import BadInput, MissingExtra
-from rarefy.core.records import Routing
+from rarefy.core.records import Routing, Rows
 from rarefy.experts.dispatch import dispatch
+from rarefy.experts.grouped import grouped_linear
+from rarefy.experts.split import Expert, Split, slices
 
 IMPLEMENTATION = "rarefy"
 
@@ -34,24 +36,38 @@ class _Host:
         weight = getattr(self.module, name)
         return weight.transpose(1, 2) if self.module.is_transposed else weight, getattr(self.module, f"{name}_bias") if self.module.has_bias else None
 
-    def split(self) -> list[Callable[[Tensor], Tensor]]:
-        (up, up_bias), (down, down_bias) = self._pair(self.first), self._pair("down_proj")
-        none = [None] * self.experts
-        parts = zip(up.unbind(0), none if up_bias is None else up_bias.unbind(0), down.unbind(0), none if down_bias is None else down_bias.unbind(0), strict=True)
-        return [self._expert(*part) for part in parts]
+    def split(self) -> Split:
+        first, second = self._slices(self.first), self._slices("down_proj")
 
-    def _expert(self, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        linear = nn.functional.linear
-        return lambda x: self._last(linear(self._middle(linear(x, up, up_bias)), down, down_bias))
+        def expert(e: int) -> Expert:
+            up, down = first(e), second(e)
+            return lambda x: self._last(nn.functional.linear(self._middle(nn.functional.linear(x, *up)), *down))
+
+        return Split(self.experts, expert)
+
+    def _slices(self, name: str) -> Callable[[int], tuple[Tensor, Tensor | None]]:
+        weight, bias = self._pair(name)
+        weights, biases = slices(weight), None if bias is None else slices(bias)
+        return lambda e: (weights[e], None if biases is None else biases[e])
 
     def each(self, x: Tensor, expert: Tensor) -> Tensor:
         h = self._middle(self._rowwise(x, expert, self.first))
         return self._last(self._rowwise(h, expert, "down_proj"))
 
+    def grouped(self, rows: Rows) -> Tensor:
+        (up, up_bias), (down, down_bias) = self._pair(self.first), self._pair("down_proj")
+        h = self._middle(grouped_linear(rows.x, up, rows.offsets, item=rows.item, bias=up_bias))
+        return self._last(grouped_linear(h, down, rows.offsets, bias=down_bias))
+
     def _rowwise(self, x: Tensor, expert: Tensor, name: str) -> Tensor:
         weight, bias = self._pair(name)
         y = torch.einsum("nh,noh->no", x, weight[expert])
         return y if bias is None else y + bias[expert]
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether transformers can dispatch the module's experts by another implementation."""
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -70,7 +86,7 @@ def use_experts(model: nn.Module) -> nn.Module:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError as absent:
         raise MissingExtra("transformers", "hub") from absent
-    if not any(hasattr(m, "is_transposed") and hasattr(m, "has_gate") for m in model.modules()):
+    if not any(is_experts(m) for m in model.modules()):
         raise BadInput(type(model).__name__, "it has no experts module that transformers can dispatch", "pass a mixture-of-experts model such as Mixtral")
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     memo: dict[int, Any] = {}

@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rarefy.core.records import Rows
 from rarefy.core.roles import Bank
+from rarefy.experts.grouped import grouped_linear
+from rarefy.experts.split import Expert, Split, slices
 
 
 class GLU(Bank):
@@ -32,15 +35,22 @@ class GLU(Bank):
         gate, up = both.chunk(2, -1)
         return self.act(gate) * up
 
-    def split(self) -> list[Callable[[Tensor], Tensor]]:
+    def split(self) -> Split:
         """One function [n, H] -> [n, H] per expert."""
+        first, second = slices(self.gate_up_proj), slices(self.down_proj)
 
-        def expert(first: Tensor, second: Tensor) -> Callable[[Tensor], Tensor]:
-            return lambda x: F.linear(self._gated(F.linear(x, first)), second)
+        def expert(e: int) -> Expert:
+            up, down = first[e], second[e]
+            return lambda x: F.linear(self._gated(F.linear(x, up)), down)
 
-        return [expert(a, b) for a, b in zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)]
+        return Split(self.experts, expert)
 
     def each(self, x: Tensor, expert: Tensor) -> Tensor:
         """Row n [H] through expert[n]; gathers one expert's weights per row, so for few rows only."""
         inner = self._gated(torch.einsum("nh,noh->no", x, self.gate_up_proj[expert]))
         return torch.einsum("ni,nhi->nh", inner, self.down_proj[expert])
+
+    def grouped(self, rows: Rows) -> Tensor:
+        """Every assignment through its expert in two registered ops, [N, H] sorted by expert."""
+        inner = self._gated(grouped_linear(rows.x, self.gate_up_proj, rows.offsets, item=rows.item))
+        return grouped_linear(inner, self.down_proj, rows.offsets)

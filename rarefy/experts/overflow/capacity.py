@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import torch
@@ -20,7 +19,8 @@ class Capacity(Overflow):
 
     First choices come before second ones, then rows in order. N counts all assignments (rows times k, padding too, so that
     C does not depend on the data). Padding goes to nobody first: it takes no place and is not counted as dropped.
-    `evaluation` is the factor outside training. Source: Fedus et al., arXiv 2101.03961, section 2.2, eq. 3.
+    `evaluation` is the factor outside training: there too a row may lose its place to rows before it, so what a row gets depends
+    on its batch. `TrainingOnly(Capacity(...))` bounds nothing outside training, and each row is then on its own. Source: Fedus et al., arXiv 2101.03961, section 2.2, eq. 3.
 
     Raises:
         BadInput: a factor that is not positive.
@@ -33,14 +33,17 @@ class Capacity(Overflow):
     name = "capacity"
     factor: float = 1.25
     evaluation: float = 2.0
+    _ratios: tuple[tuple[int, int], ...] = field(default=(), init=False, repr=False, compare=False)  # by training; integers, for the compiler
 
     def __post_init__(self) -> None:
         if not (self.factor > 0 and self.evaluation > 0):
             raise BadInput(f"capacity factors {self.factor}, {self.evaluation}", "a capacity factor is positive", "pass for example 1.25")
+        object.__setattr__(self, "_ratios", tuple(Fraction(str(f)).as_integer_ratio() for f in (self.evaluation, self.factor)))
 
     def limit(self, assignments: int, experts: int, training: bool) -> int:
         """C, exact in decimal: 1.1 * 10 / 11 is 1, not a hair more."""
-        return math.ceil(Fraction(str(self.factor if training else self.evaluation)) * assignments / experts)
+        above, below = self._ratios[training]
+        return -(-above * assignments // (below * experts))
 
     def __call__(self, routing: Routing, context: Context) -> Routing:
         routing = unpadded(routing, context.valid)

@@ -15,7 +15,8 @@ from rarefy.core.roles import Affinity
 class Linear(Affinity):
     """Score experts by a matrix: ``logits = (x * u) W'`` with u ~ U(1 - jitter, 1 + jitter) in training, else 1.
 
-    x [R, d] of any float type -> logits [R, E] in float32, under autocast too.
+    x [R, d] of any float type -> logits [R, E] in float32, under autocast too. (Compiled under autocast, torch runs the router's
+    backward in autocast's type, unless torch._functorch.config.backward_pass_autocast is "off".)
     Source: Fedus et al., Switch Transformers, arXiv 2101.03961, section 2.4 (selective precision) and appendix C (jitter).
 
     >>> router = Linear(2, 3)
