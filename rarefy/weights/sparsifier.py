@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from rarefy.core.roles import Trigger, asks
 from rarefy.weights.allocations.uniform import Uniform
 from rarefy.weights.patterns.unstructured import PerMatrix
 from rarefy.weights.penalties import LossPenalty, ProximalPenalty
+from rarefy.weights.sites import find_sites
 from rarefy.weights.support import Support, apply, between, moments
 from rarefy.weights.views.masked import Masked
 
@@ -36,6 +38,7 @@ class Sparsifier:
         total: optimizer steps of the whole training.
         seed: of the random choices.
 
+    A phase's allocation may ask for the sites' `weights`, the criterion's `scores` or `generator`; none is Uniform.
     A phase with a criterion and `enforce=False` keeps the values under the mask (they may return); with
     `enforce=True` they are zero. A mask is recomputed at the steps where the density asks for another count.
 
@@ -53,12 +56,13 @@ class Sparsifier:
             if key not in known:
                 raise BadInput(f"site {key!r}", "a site is a parameter of the model", "take names from model.named_parameters()")
         self.weights = {key: known[key] for key in keys}
-        self.support = Support(self.weights)
+        self.support = Support(self.weights, _axes(model))
         self.progress = Progress(total=total)
         self.ledger: list[Event] = []
         self.generator = torch.Generator().manual_seed(seed)
         self.optimizer: Optimizer | None = None
         self._trigger: dict[str, Any] = {}
+        self._budget: int | None = None  # what the masks were last chosen for
         self._held: dict[str, Tensor] = {}
         self._arm()
         self._enter()
@@ -109,6 +113,7 @@ class Sparsifier:
             "masks": self.support.state_dict(),
             "generator": self.generator.get_state(),
             "progress": asdict(self.progress),
+            "budget": self._budget,
             "trigger": copy.deepcopy(self._trigger),
             "ledger": [asdict(event) for event in self.ledger],
         }
@@ -118,6 +123,7 @@ class Sparsifier:
         self.support.load_state_dict(state["masks"])
         self.generator.set_state(state["generator"])
         self.progress = Progress(**state["progress"])
+        self._budget = state["budget"]
         self._trigger = copy.deepcopy(state["trigger"])
         self.ledger = [Event(**event) for event in state["ledger"]]
         self._arm()
@@ -142,6 +148,7 @@ class Sparsifier:
     def _enter(self) -> None:
         for action in self.phase.enter:
             action(self)
+        self._budget = None
         self._remask()
         self._zero_outside()
 
@@ -160,21 +167,41 @@ class Sparsifier:
 
     # -- masks
     def _wanted(self) -> dict[str, int]:
+        """The allocation's counts where the density asks for another total, else the counts as they are."""
         if self.phase.density is None:
             return self.support.counts()
         units = self.support.units()
         budget = keep_count(sum(u.numel for u in units), self.phase.density(self.progress))
-        return (self.phase.allocation or Uniform()).counts(units, budget)
+        if budget == self._budget:
+            return self.support.counts()
+        self._budget = budget
+        allocation = self.phase.allocation or Uniform()
+        have: dict[str, Callable[[], Any]] = {"weights": self._read, "scores": self._scores}
+        stats = {name: have[name]() for name in asks(allocation.counts) if name in have}
+        if "generator" in inspect.signature(allocation.counts).parameters:
+            stats["generator"] = self.generator
+        counts: dict[str, int] = allocation.counts(units, budget, **stats)
+        return counts
+
+    def _read(self) -> dict[str, Tensor]:
+        return {key: self.support.read(key, weight.detach()) for key, weight in self.weights.items()}
+
+    def _scores(self) -> dict[str, Tensor]:
+        if self.phase.criterion is None:
+            raise BadInput(f"phase {self.phase.name!r}", "an allocation that asks for scores needs the phase's criterion", "state a criterion or another allocation")
+        return {key: self.phase.criterion.scores(weight, generator=self.generator) for key, weight in self._read().items()}
 
     def _remask(self) -> None:
         """Choose anew from the criterion, at the steps where the density asks for other counts."""
-        phase, counts = self.phase, self._wanted()
-        if phase.criterion is None or counts == self.support.counts():
+        phase = self.phase
+        if phase.criterion is None:
+            return
+        counts = self._wanted()
+        if counts == self.support.counts():
             return
         pattern = phase.pattern or PerMatrix()
-        for key, weight in self.weights.items():
-            scores = phase.criterion.scores(weight.detach(), generator=self.generator)
-            mask = pattern.mask(scores, pattern.nearest(tuple(weight.shape), counts[key]))
+        for key, scores in self._scores().items():
+            mask = self.support.back(key, pattern.mask(scores, pattern.nearest(tuple(scores.shape), counts[key])))
             self._change(key, between(self.support.masks[key], mask), StatePolicy() if phase.enforce else _KEEP)
         self._note("mask")
 
@@ -249,6 +276,14 @@ class Sparsifier:
                 values = penalty.prox(self.weights, {k: rates[id(w)] for k, w in self.weights.items()}, self.progress)
                 for key, value in values.items():
                     self.weights[key].copy_(value)
+
+
+def _axes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """{key: axes that bring the tensor to [O, ..., I]} of the layers whose order of axes is known."""
+    try:
+        return {site.key: site.axes for site in find_sites(model, include=("*",)) if site.expert is None}
+    except BadInput:  # a model of bare parameters
+        return {}
 
 
 def default_sites(model: nn.Module) -> tuple[str, ...]:

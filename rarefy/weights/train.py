@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rarefy.core.attach import exported
 from rarefy.core.errors import BadFile, BadInput, Refused
 from rarefy.core.files import write_atomic
 from rarefy.core.records import TrainRecipe
-from rarefy.core.roles import Task
+from rarefy.core.roles import Allocation, Task
 from rarefy.weights.sparsifier import Sparsifier
 
 Factory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -37,6 +38,7 @@ def train(
     seed: int = 0,
     optimizer: Factory = sgd,
     options: dict[str, Any] | None = None,
+    allocation: Allocation | None = None,
     checkpoint_dir: str | Path | None = None,
     save_every: int = 100,
     resume: bool = True,
@@ -49,13 +51,14 @@ def train(
         steps: optimizer steps.
         optimizer: parameters -> optimizer (default SGD 0.1, momentum 0.9, weight decay 1e-4).
         options: for `task.model`.
+        allocation: in place of the recipe's, in every phase; a phase that states none of its own has the recipe's.
         checkpoint_dir: where a checkpoint is kept every `save_every` steps and, at the end, model.safetensors (dense with
             zeros) and record.json are written; each file appears whole or not at all.
         resume: continue a checkpoint of the same run, to the same bytes as without the stop.
         progress: called with (step, steps) after each step.
 
     Returns:
-        {task, recipe, density_requested, density (measured), metric, steps, seed, sites: [{key, shape, nnz}]}.
+        {task, recipe, allocation, density_requested, density (measured), metric, steps, seed, sites: [{key, shape, nnz}]}.
 
     Raises:
         BadInput: density or steps out of range.  BadFile: a damaged checkpoint.  Refused: a checkpoint of another run.
@@ -63,10 +66,19 @@ def train(
     if not 0.0 < density <= 1.0 or steps < 1:
         raise BadInput(f"density {density}, steps {steps}", "a density lies in (0, 1] and training has at least one step", "pass for example density=0.1, steps=1000")
     model = task.model(seed, **(options or {}))
-    sparsifier = Sparsifier(model, recipe.phases(density, steps), total=steps, seed=seed)
+    phases = tuple(replace(phase, allocation=allocation or phase.allocation or recipe.allocation) for phase in recipe.phases(density, steps))
+    sparsifier = Sparsifier(model, phases, total=steps, seed=seed)
     opt = optimizer(model.parameters())
     sparsifier.attach(opt)
-    run = {"task": repr(task), "recipe": recipe.name, "density": density, "steps": steps, "seed": seed, "options": options or {}}
+    run = {
+        "task": repr(task),
+        "recipe": recipe.name,
+        "density": density,
+        "steps": steps,
+        "seed": seed,
+        "options": options or {},
+        "allocation": repr(allocation or recipe.allocation),
+    }
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +93,7 @@ def train(
         if progress is not None:
             progress(step + 1, steps)
     with exported(model):
-        record = _record(task, recipe, density, steps, seed, model, sparsifier)
+        record = _record(task, run, model, sparsifier)
         if folder is not None:
             tensors = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
             write_atomic(folder / _MODEL, save(tensors))
@@ -89,11 +101,11 @@ def train(
     return record
 
 
-def _record(task: Task, recipe: TrainRecipe, density: float, steps: int, seed: int, model: nn.Module, sparsifier: Sparsifier) -> dict[str, Any]:
+def _record(task: Task, run: dict[str, Any], model: nn.Module, sparsifier: Sparsifier) -> dict[str, Any]:
     sites = [{"key": key, "shape": list(w.shape), "nnz": int((w != 0).sum())} for key, w in sparsifier.weights.items()]
     measured = sum(int((w != 0).sum()) for w in sparsifier.weights.values()) / sum(w.numel() for w in sparsifier.weights.values())
-    head = {"task": task.name, "recipe": recipe.name, "density_requested": density, "density": measured}
-    return {**head, "metric": task.evaluate(model), "steps": steps, "seed": seed, "sites": sites}
+    head = {"task": task.name, "recipe": run["recipe"], "allocation": run["allocation"], "density_requested": run["density"], "density": measured}
+    return {**head, "metric": task.evaluate(model), "steps": run["steps"], "seed": run["seed"], "sites": sites}
 
 
 def _save(path: Path, run: dict[str, Any], model: nn.Module, sparsifier: Sparsifier, optimizer: Optimizer) -> None:
