@@ -16,7 +16,7 @@ from rarefy.core.discover import methods as discovered
 from rarefy.core.discover import recipes, train_recipes
 from rarefy.hub.cache import cache_dir, clear_cache, list_cache
 
-ROLES = (roles.Criterion, roles.Allocation, roles.Pattern, roles.Solver, roles.Statistic, roles.Schedule, roles.Rewiring, roles.Task)
+ROLES = (roles.Criterion, roles.Allocation, roles.Pattern, roles.Solver, roles.Statistic, roles.Schedule, roles.Rewiring, roles.Penalty, roles.Trigger, roles.Task)
 
 
 @app.command(epilog="Examples:  rarefy catalogue   ·   rarefy catalogue --status working   ·   rarefy catalogue --check")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,9 +19,10 @@ from rarefy.core.records import Delta, Entries, Event, Phase, Progress, Site, St
 from rarefy.core.roles import Trigger, asks
 from rarefy.weights.allocations.uniform import Uniform
 from rarefy.weights.patterns.unstructured import PerMatrix
-from rarefy.weights.penalties import LossPenalty, ProximalPenalty
+from rarefy.weights.penalties import ActivationPenalty, DualPenalty, GradientPenalty, LossPenalty, ProximalPenalty
 from rarefy.weights.sites import find_sites
 from rarefy.weights.support import Support, apply, between, moments
+from rarefy.weights.taps import Taps
 from rarefy.weights.views.masked import Masked
 
 _KEEP = StatePolicy(drop_weight="keep", grow_weight="keep")
@@ -63,7 +64,9 @@ class Sparsifier:
         self.optimizer: Optimizer | None = None
         self._trigger: dict[str, Any] = {}
         self._budget: int | None = None  # what the masks were last chosen for
+        self._duals: dict[int, dict[str, Tensor]] = {}  # by the penalty's place in the phase
         self._held: dict[str, Tensor] = {}
+        self.taps = Taps(model)
         self._arm()
         self._enter()
 
@@ -84,16 +87,42 @@ class Sparsifier:
         optimizer.register_step_post_hook(self._after)
         return self
 
-    def loss(self, task: Tensor) -> Tensor:
-        """The task's loss plus what penalties and views add; the same tensor where nothing is added."""
+    def loss(self, task: Tensor, *, token_mask: Tensor | None = None, **seen: Any) -> Tensor:
+        """The task's loss plus what penalties and views add; the same tensor where nothing is added.
+
+        Args:
+            token_mask: bool, the leading axes of the tapped activations; False = padding.
+            seen: observations that a dual penalty asks for by name; it ascends at every call.
+
+        Raises:
+            BadInput: a dual penalty asks for what nobody gives, or no tapped module ran since the last loss.
+        """
         total = task
+        for index, penalty in enumerate(self.phase.penalties):
+            if isinstance(penalty, DualPenalty):
+                total = total + self._dual(index, penalty, seen)
         for penalty in self.phase.penalties:
             if isinstance(penalty, LossPenalty):
                 total = total + penalty.loss(self.weights, self.progress)
+        for activation, inputs in self.taps.take():
+            total = total + activation.loss(inputs, self.progress, token_mask)
         for weight, view in viewed(self.model).values():
             extra = view.extra_loss(weight)
             total = total if isinstance(extra, float) and extra == 0.0 else total + extra
         return total
+
+    def _dual(self, index: int, penalty: DualPenalty, seen: Mapping[str, Any]) -> Tensor:
+        have: dict[str, Any] = {"weights": self.weights, **seen}
+        views = {key: getattr(view, "expected_nnz", None) for key, (_, view) in viewed(self.model).items()}
+        expected = {key: count() for key, count in views.items() if count is not None}
+        have |= {"expected_nnz": expected} if expected else {}
+        absent = sorted({*asks(penalty.ascend), *asks(penalty.loss)} - set(have))
+        if absent:
+            raise BadInput(
+                f"penalty {penalty.name!r}", f"it asks for {', '.join(absent)}, which nobody gives", "pass it to sp.loss(task, name=value), or attach views that can tell"
+            )
+        self._duals[index] = penalty.ascend(self._duals.get(index) or penalty.start(), self.progress, **{name: have[name] for name in asks(penalty.ascend)})
+        return penalty.loss(self._duals[index], self.progress, **{name: have[name] for name in asks(penalty.loss)})
 
     def boundary(self, kind: str, **data: Any) -> None:
         """Tell triggers that something ended: an epoch, a task, a data set, with plain figures."""
@@ -114,6 +143,7 @@ class Sparsifier:
             "generator": self.generator.get_state(),
             "progress": asdict(self.progress),
             "budget": self._budget,
+            "duals": {str(index): {name: value.tolist() for name, value in state.items()} for index, state in self._duals.items()},
             "trigger": copy.deepcopy(self._trigger),
             "ledger": [asdict(event) for event in self.ledger],
         }
@@ -124,9 +154,13 @@ class Sparsifier:
         self.generator.set_state(state["generator"])
         self.progress = Progress(**state["progress"])
         self._budget = state["budget"]
+        self._duals = {int(index): self._dual_state(int(index), values) for index, values in state["duals"].items()}
         self._trigger = copy.deepcopy(state["trigger"])
         self.ledger = [Event(**event) for event in state["ledger"]]
         self._arm()
+
+    def _dual_state(self, index: int, values: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {name: torch.tensor(values[name], dtype=like.dtype) for name, like in self.phase.penalties[index].start().items()}
 
     # -- phases
     def _arm(self) -> None:
@@ -143,6 +177,7 @@ class Sparsifier:
         if self.phase.trainable is not None:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(self.phase.trainable(name))
+        self.taps.arm([p for p in self.phase.penalties if isinstance(p, ActivationPenalty)])
         self._knobs()
 
     def _enter(self) -> None:
@@ -155,7 +190,7 @@ class Sparsifier:
     def _advance(self) -> None:
         if self.progress.phase + 1 < len(self.phases):
             self.progress = replace(self.progress, phase=self.progress.phase + 1, phase_step=0)
-            self._trigger = {}
+            self._trigger, self._duals = {}, {}
             self._arm()
             self._enter()
             self.boundary("phase", name=self.phase.name)
@@ -248,6 +283,7 @@ class Sparsifier:
             self._remask()
         if self._rewire():
             optimizer.zero_grad(set_to_none=True)
+        self._edit_gradients()
         self._held = {key: w.detach().clone() for key, w in self.weights.items()}
         for key, weight in self.weights.items():
             if weight.grad is not None:
@@ -268,6 +304,13 @@ class Sparsifier:
         self._knobs()
         if isinstance(self.phase.until, int) and self.progress.phase_step >= self.phase.until:
             self._advance()
+
+    def _edit_gradients(self) -> None:
+        for penalty in self.phase.penalties:
+            if isinstance(penalty, GradientPenalty):
+                gradients = {key: w.grad for key, w in self.weights.items() if w.grad is not None}
+                for key, value in penalty.edit(self.weights, gradients, self.support.masks, self.progress).items():
+                    gradients[key].copy_(value)
 
     def _proximal(self, optimizer: Optimizer) -> None:
         rates = {id(w): float(group["lr"]) for group in optimizer.param_groups for w in group["params"]}
