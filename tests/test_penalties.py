@@ -162,6 +162,7 @@ def test_a_gradient_edit_comes_after_rewiring_and_before_the_mask() -> None:
         sp.loss(model(torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 9.0]])).sum()).backward()
         optimizer.step()
     assert model.weight.tolist() == [[5.0, 4.0, 3.0, 0.0, 0.0, 0.0]]
+    assert model.weight.grad.tolist() == [[1.0, 1.0, 1.0, 0.0, 0.0, 0.0]], "the optimizer sees edited gradients, and none outside the support"
     optimizer.zero_grad()
     sp.loss(model(torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 9.0]])).sum()).backward()
     optimizer.step()
