@@ -22,6 +22,7 @@ PAPER = Paper(
     "arXiv 1911.11134",
     (
         "an entry dropped and grown at once starts from zero; the authors' code lets it keep its value",
+        "ERK by default; the paper's default is uniform with the first layer dense, and ERK its better variant",
         "no update at step 0, where the paper's condition t mod dT = 0 holds",
         "runs of under 2,000 steps update every twentieth of the run instead of every 100 steps",
     ),
@@ -39,9 +40,11 @@ class RigL(Rewiring):
 
     An entry just dropped may be grown again at once, because only what is kept is excluded.
 
-    Source: Evci et al., arXiv 1911.11134, Algorithm 1 (grow: ArgTopK over i not in theta minus I_drop) and section 3:
-    newly activated connections start from zero; k follows eq. 1, a half cosine of alpha = 0.3 that ends at T_end, here
-    three quarters of the run.
+    Source: Evci et al., arXiv 1911.11134, Algorithm 1 and section 3: drop ArgTopK(-|theta|, k); grow ArgTopK(|grad|, k)
+    over i not in "the set of active connections remaining after step (3)"; "newly activated connections are initialized
+    to zero"; k = f_decay(t; alpha, T_end) (1 - s) N, f_decay the half cosine of section 3 (2). Section 4: alpha = 0.3,
+    dT = 100, T_end "roughly 3/4 of the full training". Its networks are uniform with a dense first layer "unless
+    otherwise specified"; our recipe takes the ERK distribution of section 3 (1), which the paper finds more accurate.
 
     >>> entries = Entries(torch.tensor([5., 1.]), torch.tensor([0, 1]), (1, 3))
     >>> delta = RigL().rewire(entries, count=2, fraction=0.5, bound=None, generator=None, gradient=torch.tensor([[9., 1., 2.]]))

@@ -23,6 +23,7 @@ PAPER = Paper(
         "a grown weight starts from zero, as in the authors' masked code; their sparse code draws it from a normal",
         "a stored weight that is exactly zero counts as the smallest positive one",
         "an entry just dropped is not grown in the same update",
+        "the last update grows as the others do; the paper keeps the topology after its last removal",
         "exact counts instead of an Erdos-Renyi draw, and updates every twentieth of the run instead of every epoch",
     ),
 )
@@ -37,8 +38,9 @@ class SET(Rewiring):
     `rewire` takes entries (values [nnz], index [nnz] flat); returns flat positions. Fewer are dropped where there is
     not enough room to grow.
 
-    Source: Mocanu et al., arXiv 1707.04780, Algorithm 1: "remove a fraction zeta of the smallest positive weights",
-    "remove a fraction zeta of the largest negative weights", "add randomly new weights in the same amount".
+    Source: Mocanu et al., arXiv 1707.04780 (Nature Communications 2018), results, the SET procedure: "a fraction zeta of
+    the smallest positive weights and of the largest negative weights of SC^k is removed", then "an amount of new random
+    connections, equal to the amount of weights removed previously, is added"; zeta = 0.3 in their experiments.
 
     >>> entries = Entries(torch.tensor([5., 1., -3., -9.]), torch.arange(4), (1, 7))
     >>> SET().rewire(entries, count=4, fraction=0.5, bound=None, generator=torch.Generator()).drop.tolist()
