@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ import rarefy.testing as contracts
 from rarefy.core.attach import attach_view, exported
 from rarefy.core.discover import methods
 from rarefy.core.errors import BadInput
-from rarefy.core.records import Phase, Progress
+from rarefy.core.records import Phase, Progress, TrainRecipe
 from rarefy.core.roles import Penalty
+from rarefy.tasks.digits import Digits
+from rarefy.weights.allocations.uniform import Uniform
 from rarefy.weights.criteria.magnitude import Magnitude
 from rarefy.weights.penalties import DualPenalty, GradientPenalty
 from rarefy.weights.penalties.activation_l1 import ActivationL1
@@ -27,6 +30,7 @@ from rarefy.weights.penalties.l1 import L1, ProximalL1
 from rarefy.weights.rewiring.rigl import RigL
 from rarefy.weights.schedules.constant import Constant
 from rarefy.weights.sparsifier import Sparsifier
+from rarefy.weights.train import train
 from rarefy.weights.views.hard_concrete import HardConcrete
 from tests.evidence import check
 
@@ -299,3 +303,29 @@ def test_an_objective_may_run_the_forward_more_than_once() -> None:
     model = nn.Linear(4, 1)
     sp = Sparsifier(model, Phase(objective=Ascended()), total=1)
     sp.objective(lambda batch: model(batch).square().mean(), torch.randn(2, 4)).backward()
+
+
+def _gated(sparsifier: Sparsifier) -> None:
+    for key in sparsifier.weights:
+        attach_view(sparsifier.model, key, HardConcrete(sparsifier.weights[key], start=0.9))
+
+
+def test_a_training_recipe_of_gates_and_penalties_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    penalties = (DensityConstraint(0.3, 0.5, 1440), IrrelevanceDecay(0.01), ActivationL1("2", 0.01))
+    recipe = TrainRecipe("gated", lambda density, steps: (Phase(enter=(_gated,), penalties=penalties),), Uniform(), None)
+    task, how = Digits(width=16, rows=8), {"density": 0.3, "steps": 24, "save_every": 5}
+    record = train(task, recipe, checkpoint_dir=tmp_path / "a", **how)
+
+    def stop(step: int, steps: int) -> None:
+        if step == 13:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(task, recipe, checkpoint_dir=tmp_path / "b", progress=stop, **how)
+    torch.manual_seed(99)  # the noise of the gates comes from the seed and the checkpoint
+    mine = torch.get_rng_state()
+    assert train(task, recipe, checkpoint_dir=tmp_path / "b", **how) == record
+    for file in ("model.safetensors", "record.json", "checkpoint.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+    assert torch.equal(torch.get_rng_state(), mine), "the caller's random state is the caller's"

@@ -44,7 +44,7 @@ def train(
     resume: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Train sparsely from scratch.
+    """Train sparsely from scratch; the same seed gives the same bytes, and the caller's random state is left as it was.
 
     Args:
         density: fraction of the sites' weights kept at the end, in (0, 1].
@@ -65,40 +65,46 @@ def train(
     """
     if not 0.0 < density <= 1.0 or steps < 1:
         raise BadInput(f"density {density}, steps {steps}", "a density lies in (0, 1] and training has at least one step", "pass for example density=0.1, steps=1000")
-    model = task.model(seed, **(options or {}))
-    phases = tuple(replace(phase, allocation=allocation or phase.allocation or recipe.allocation) for phase in recipe.phases(density, steps))
-    sparsifier = Sparsifier(model, phases, total=steps, seed=seed)
-    opt = optimizer(model.parameters())
-    sparsifier.attach(opt)
-    run = {
-        "task": repr(task),
-        "recipe": recipe.name,
-        "density": density,
-        "steps": steps,
-        "seed": seed,
-        "options": options or {},
-        "allocation": repr(allocation or recipe.allocation),
-    }
-    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if resume and (folder / _CHECKPOINT).exists():
-            _load(folder / _CHECKPOINT, run, model, sparsifier, opt)
-    for step in range(sparsifier.progress.step, steps):
-        opt.zero_grad()
-        sparsifier.loss(task.loss(model, task.batch(seed, step))).backward()
-        opt.step()
-        if folder is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
-            _save(folder / _CHECKPOINT, run, model, sparsifier, opt)
-        if progress is not None:
-            progress(step + 1, steps)
-    with exported(model):
-        record = _record(task, run, model, sparsifier)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = task.model(seed, **(options or {}))
+        phases = tuple(replace(phase, allocation=allocation or phase.allocation or recipe.allocation) for phase in recipe.phases(density, steps))
+        sparsifier = Sparsifier(model, phases, total=steps, seed=seed)
+        opt = optimizer(model.parameters())
+        sparsifier.attach(opt)
+        run = {
+            "task": repr(task),
+            "recipe": recipe.name,
+            "density": density,
+            "steps": steps,
+            "seed": seed,
+            "options": options or {},
+            "allocation": repr(allocation or recipe.allocation),
+        }
+        folder = None if checkpoint_dir is None else Path(checkpoint_dir)
         if folder is not None:
-            tensors = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
-            write_atomic(folder / _MODEL, save(tensors))
-            write_atomic(folder / _RECORD, (json.dumps(record, indent=2) + "\n").encode())
+            folder.mkdir(parents=True, exist_ok=True)
+            if resume and (folder / _CHECKPOINT).exists():
+                _load(folder / _CHECKPOINT, run, model, sparsifier, opt)
+        for step in range(sparsifier.progress.step, steps):
+            opt.zero_grad()
+            sparsifier.loss(task.loss(model, task.batch(seed, step))).backward()
+            opt.step()
+            if folder is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
+                _save(folder / _CHECKPOINT, run, model, sparsifier, opt)
+            if progress is not None:
+                progress(step + 1, steps)
+        with exported(model):
+            record = _record(task, run, model, sparsifier)
+            if folder is not None:
+                _write(folder, model, record)
     return record
+
+
+def _write(folder: Path, model: nn.Module, record: dict[str, Any]) -> None:
+    tensors = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
+    write_atomic(folder / _MODEL, save(tensors))
+    write_atomic(folder / _RECORD, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def _record(task: Task, run: dict[str, Any], model: nn.Module, sparsifier: Sparsifier) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Progress
+from rarefy.core.roles import View
 from rarefy.weights.penalties import ActivationPenalty
 
 
 @dataclass(frozen=True)
 class ActivationL1(ActivationPenalty):
-    """L1 of the inputs of the modules whose name matches a glob.
+    """L1 of the inputs of a module by name, or of the leaf modules whose name matches a glob.
 
     ``strength * sum over modules of mean over tokens of |x|_1``
 
@@ -44,7 +45,8 @@ class ActivationL1(ActivationPenalty):
         return replace(self, strength=0.0)
 
     def wants(self, name: str, module: Any) -> bool:
-        return fnmatchcase(name, self.modules) and not any(True for _ in module.children())
+        leaf = all(isinstance(child, View) for child in module.children())
+        return name == self.modules or (leaf and not isinstance(module, View) and fnmatchcase(name, self.modules))
 
     def loss(self, inputs: Mapping[str, Sequence[Tensor]], progress: Progress, token_mask: Tensor | None = None) -> Tensor:
         return self.strength * torch.stack([self._mean(calls, token_mask) for calls in inputs.values()]).sum()
