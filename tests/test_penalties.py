@@ -32,6 +32,7 @@ from rarefy.weights.schedules.constant import Constant
 from rarefy.weights.sparsifier import Sparsifier
 from rarefy.weights.train import train
 from rarefy.weights.views.hard_concrete import HardConcrete
+from tests import test_views
 from tests.evidence import check
 
 PENALTIES = [L1(0.01), ProximalL1(0.1), IrrelevanceDecay(0.3), DensityConstraint(0.3, 0.5, 640), ActivationL1("2", 0.1)]
@@ -303,6 +304,12 @@ def test_an_objective_may_run_the_forward_more_than_once() -> None:
     model = nn.Linear(4, 1)
     sp = Sparsifier(model, Phase(objective=Ascended()), total=1)
     sp.objective(lambda batch: model(batch).square().mean(), torch.randn(2, 4)).backward()
+
+
+@pytest.mark.parametrize("host", test_views.HOSTS)
+def test_gates_keep_what_every_view_keeps(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(test_views.VIEWS, "gates", lambda w: HardConcrete(w, 0.5).eval())
+    test_views.test_forward_equals_export_and_the_raw_weight_survives(host, "gates")
 
 
 def _gated(sparsifier: Sparsifier) -> None:
