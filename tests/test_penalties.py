@@ -16,13 +16,13 @@ from torch.utils.checkpoint import checkpoint
 import rarefy.testing as contracts
 from rarefy.core.attach import attach_view, exported
 from rarefy.core.discover import methods
-from rarefy.core.errors import BadInput
+from rarefy.core.errors import BadInput, Refused
 from rarefy.core.records import Phase, Progress, TrainRecipe
 from rarefy.core.roles import Penalty
 from rarefy.tasks.digits import Digits
 from rarefy.weights.allocations.uniform import Uniform
 from rarefy.weights.criteria.magnitude import Magnitude
-from rarefy.weights.penalties import DualPenalty, GradientPenalty
+from rarefy.weights.penalties import DualPenalty, GradientPenalty, ProximalPenalty
 from rarefy.weights.penalties.activation_l1 import ActivationL1
 from rarefy.weights.penalties.density_constraint import DensityConstraint
 from rarefy.weights.penalties.irrelevance import IrrelevanceDecay
@@ -211,14 +211,27 @@ def test_two_activation_penalties_see_their_own_modules_and_a_replay_is_not_coun
 def test_taps_leave_with_their_phase() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    sp = Sparsifier(model, (Phase("a", until=1, penalties=(ActivationL1("1"), DensityConstraint())), Phase("b")), total=2)
+    sp = Sparsifier(model, (Phase("a", until=1, penalties=(ActivationL1("1"),)), Phase("b")), total=2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     sp.attach(optimizer)
     assert len(model[1]._forward_pre_hooks) == 1
+    sp.loss(model(torch.randn(2, 4)).sum())
     optimizer.step()
     assert sp.phase.name == "b"
     assert len(model[1]._forward_pre_hooks) == 0
     assert sp.loss(task := torch.ones(())) is task
+
+
+@pytest.mark.parametrize("penalty", PENALTIES, ids=lambda p: p.name)
+def test_a_step_that_would_drop_a_penalty_in_silence_is_refused(penalty: Any) -> None:
+    model, sp, optimizer = build((penalty,), gates=True)
+    run(model, sp, optimizer, 0, 1)
+    model(torch.randn(2, 16)).sum().backward()
+    if isinstance(penalty, (GradientPenalty, ProximalPenalty)):
+        optimizer.step()
+        return
+    with pytest.raises(Refused, match=r"a step without sp\.loss"):
+        optimizer.step()
 
 
 def test_a_dual_that_asks_for_what_nobody_gives_is_one_sentence() -> None:

@@ -17,6 +17,7 @@ from rarefy.weights.allocations.erdos_renyi import ER, ERK
 from rarefy.weights.allocations.global_scores import Global
 from rarefy.weights.allocations.uniform import Uniform
 from rarefy.weights.criteria.magnitude import Magnitude
+from rarefy.weights.criteria.wanda import Wanda
 from rarefy.weights.patterns.n_m import NM
 from rarefy.weights.rewiring.rigl import RIGL
 from rarefy.weights.schedules.constant import Constant
@@ -91,6 +92,11 @@ def test_an_allocation_that_asks_for_scores_gets_the_criterions() -> None:
         sp = Sparsifier(model, Phase(density=Constant(0.4), allocation=Global(), rewiring=SET(), every=1))
         sp.progress = sp.progress.__class__(phase_step=1)
         sp._rewire()
+
+
+def test_what_training_does_not_collect_is_refused_in_one_sentence() -> None:
+    with pytest.raises(BadInput, match="asks for input_norm, which training does not collect"):
+        Sparsifier(nn.Linear(4, 4), Phase(density=Constant(0.5), criterion=Wanda()))
 
 
 def test_a_pattern_that_misses_the_count_does_not_choose_anew_at_every_step() -> None:

@@ -45,6 +45,7 @@ class Sparsifier:
 
     Raises:
         BadInput: no phases, or a site that is no parameter.
+        Refused: at a step, where a penalty acts in the loss and `loss` was not called.
     """
 
     def __init__(self, model: nn.Module, phases: Phase | Sequence[Phase], *, sites: Iterable[str | Site] | None = None, total: int = 1, seed: int = 0) -> None:
@@ -66,6 +67,7 @@ class Sparsifier:
         self._budget: int | None = None  # what the masks were last chosen for
         self._duals: dict[int, dict[str, Tensor]] = {}  # by the penalty's place in the phase
         self._held: dict[str, Tensor] = {}
+        self._asked = False  # whether `loss` was called since the last step
         self.taps = Taps(model)
         self._arm()
         self._enter()
@@ -97,6 +99,7 @@ class Sparsifier:
         Raises:
             BadInput: a dual penalty asks for what nobody gives, or no tapped module ran since the last loss.
         """
+        self._asked = True
         total = task
         for index, penalty in enumerate(self.phase.penalties):
             if isinstance(penalty, DualPenalty):
@@ -212,11 +215,20 @@ class Sparsifier:
         self._budget = budget
         allocation = self.phase.allocation or Uniform()
         have: dict[str, Callable[[], Any]] = {"weights": self._read, "scores": self._scores}
-        stats = {name: have[name]() for name in asks(allocation.counts) if name in have}
+        self._refuse_unknown(f"allocation {allocation!r}", allocation.counts, have)
+        stats = {name: have[name]() for name in asks(allocation.counts)}
         if "generator" in inspect.signature(allocation.counts).parameters:
             stats["generator"] = self.generator
         counts: dict[str, int] = allocation.counts(units, budget, **stats)
         return counts
+
+    @staticmethod
+    def _refuse_unknown(what: str, method: Callable[..., Any], have: Mapping[str, Any]) -> None:
+        absent = [name for name in asks(method) if name not in have]
+        if absent:
+            raise BadInput(
+                what, f"it asks for {', '.join(absent)}, which training does not collect", "use one that rates the weights themselves, or prune with calibration batches"
+            )
 
     def _read(self) -> dict[str, Tensor]:
         return {key: self.support.read(key, weight.detach()) for key, weight in self.weights.items()}
@@ -224,6 +236,7 @@ class Sparsifier:
     def _scores(self) -> dict[str, Tensor]:
         if self.phase.criterion is None:
             raise BadInput(f"phase {self.phase.name!r}", "an allocation that asks for scores needs the phase's criterion", "state a criterion or another allocation")
+        self._refuse_unknown(f"criterion {self.phase.criterion!r}", self.phase.criterion.scores, {})
         return {key: self.phase.criterion.scores(weight, generator=self.generator) for key, weight in self._read().items()}
 
     def _remask(self) -> None:
@@ -279,6 +292,9 @@ class Sparsifier:
             raise Refused(
                 "a fused optimizer under GradScaler", "its gradients are still scaled when the sparsifier sees them", "call scaler.unscale_(optimizer) before scaler.step"
             )
+        if not self._asked and any(isinstance(p, (LossPenalty, DualPenalty, ActivationPenalty)) for p in self.phase.penalties):
+            raise Refused("a step without sp.loss", "the phase has penalties that act in the loss, and would train without them", "call sp.loss(task).backward()")
+        self._asked = False
         if self.phase.rewiring is None:
             self._remask()
         if self._rewire():
