@@ -78,7 +78,7 @@ def load(model_spec: str | Path, *, dtype: str | torch.dtype | None = None, devi
     where, revision = resolve(spec)
     model = _model(where, revision, TASKS[task], kind, spec)
     model.config._name_or_path = spec
-    return Loaded(model.to(target).eval(), _tokenizer(where, revision), _folder(where, revision), spec)
+    return Loaded(model.to(target).eval(), tokenizer_of(where, revision), _folder(where, revision), spec)
 
 
 def torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -101,6 +101,8 @@ def torch_device(device: str | torch.device) -> torch.device:
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"device is {str(device)!r}", "this machine has no such device", "pass for example --device cpu") from error
+    if found.type == "meta":
+        raise BadInput("device is 'meta'", "it holds no weights", "pass for example --device cpu; rarefy prune --stream leaves the weights in their files")
     return found
 
 
@@ -206,7 +208,8 @@ def _first_line(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__)[:160].rstrip(".:")
 
 
-def _tokenizer(where: str, revision: str | None) -> Any:
+def tokenizer_of(where: str, revision: str | None) -> Any:
+    """The tokenizer of a folder or hub name, or None where there is none."""
     from transformers import AutoTokenizer
 
     try:

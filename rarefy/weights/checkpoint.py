@@ -134,6 +134,10 @@ class Checkpoint:
         self._owner.update(dict.fromkeys(tensors, label))
         return tensors, json.loads(header["records"])
 
+    def holds(self, name: str) -> bool:
+        """Whether a group that this run has put or got has a tensor of that name."""
+        return name in self._owner
+
     def tensor(self, name: str) -> Tensor:
         """One tensor of a group that this run has put or got."""
         path = self._path(self._owner[name])
