@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +87,74 @@ def test_streamed_weights_end_as_the_bytes_of_a_prune_in_memory(folders: dict[st
     for group in groups:
         left, right = (load_file(tmp_path / side / folder / group) for side in "ab")
         assert left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+# One process imports, prunes a small model both ways so that everything lazy is loaded, and then forks one child for each
+# way. A child may map, beyond what the process has mapped by then, 40% of the bytes of the model. The allocator is told to
+# give freed blocks back at once: the model's matrices are small enough for it to keep them, those of a large one are not.
+LIMITED = """
+import json, os, resource, sys, traceback
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import transformers
+from rarefy.core.discover import recipes
+from rarefy.hub.export import save_dense
+from rarefy.hub.load import load
+from rarefy.hub.shards import folder_bytes, load_sharded
+from rarefy.weights.checkpoint import Checkpoint
+from rarefy.weights.prune import prune
+
+small, tall, root = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+batches = [{"input_ids": torch.randint(0, 64, (1, 64), generator=torch.Generator().manual_seed(0))}]
+
+def mapped(what):
+    return int(next(l for l in open("/proc/self/status") if l.startswith(what)).split()[1]) * 1024
+
+def run(folder, way, out):
+    loaded, weights = load_sharded(folder) if way == "streamed" else (load(folder), None)
+    with Checkpoint(out.with_suffix(".partial")).locked() as checkpoint:
+        record = prune(loaded.model, batches, recipes()["wanda"], density=0.5, checkpoint=checkpoint, weights=weights)
+        save_dense(loaded.model, None, out, record=record, write=weights.write if weights else None)
+
+for way in ("streamed", "memory"):
+    run(small, way, root / f"small-{way}")
+size, before = folder_bytes(tall), mapped("VmSize")
+for way, share in (("streamed", 0.4), ("memory", 0.4), ("free", None)):
+    pid = os.fork()
+    if pid == 0:
+        if share:
+            resource.setrlimit(resource.RLIMIT_AS, (before + int(share * size),) * 2)
+        try:
+            run(tall, way, root / way)
+        except BaseException as error:
+            print(json.dumps({"way": way, "error": f"{type(error).__name__}: {error}"}), flush=True)
+            os._exit(0)
+        print(json.dumps({"way": way, "mapped": (mapped("VmPeak") - before) / size, "size": size}), flush=True)
+        os._exit(0)
+    os.waitpid(pid, 0)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists() or not hasattr(os, "fork"), reason="reads the address space from /proc")
+def test_a_model_is_pruned_in_less_memory_than_it_takes(folders: dict[str, Path], tmp_path: Path) -> None:
+    options = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 28, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 64}
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.uniform_(-0.05, 0.05)
+    model.save_pretrained(tmp_path / "tall", max_shard_size="5MB")
+    del model
+    command = [sys.executable, "-c", LIMITED, str(folders["llama"]), str(tmp_path / "tall"), str(tmp_path)]
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    told = {r["way"]: r for r in map(json.loads, done.stdout.splitlines())}
+    assert told["streamed"].get("error") is None and told["streamed"]["mapped"] < 0.4, told
+    assert "do not fit in memory; prune it with --stream" in told["memory"]["error"]
+    assert told["free"]["mapped"] > 1.0 and told["free"]["size"] > 60e6
+    for file in ("model.safetensors", "prune.json"):
+        streamed, free = ((tmp_path / way / file).read_bytes().replace(way.encode(), b"") for way in ("streamed", "free"))
+        assert streamed == free, file
