@@ -19,7 +19,7 @@ from rarefy.cli.main import app
 from rarefy.cli.output import bars, err, line, show, table, text
 from rarefy.core.errors import BadInput, RarefyError
 from rarefy.hub.atomic import check_target
-from rarefy.hub.export import save_dense
+from rarefy.hub.export import clear_drafts, save_dense
 from rarefy.hub.tensor_file import write_tensors
 from rarefy.hub.text import calibration_batches
 from rarefy.weights.checkpoint import Checkpoint
@@ -59,6 +59,7 @@ def prune(
     whole = Path(out).absolute()
     checkpoint = Checkpoint(whole.with_name(f"{whole.name}.partial"), replace=force, on_resume=_say_resumed)
     with checkpoint.locked(), _interruptible(checkpoint):
+        clear_drafts(whole)
         began = time.monotonic()
         loaded, weights = load_or_stream(model, stream, dtype=dtype, device=device)
         batches = to_device(calibration_batches(need_tokenizer(loaded), calibration_tokens, seed=seed, path=calibration), device)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,12 @@ def save_dense(
         for name, put in (extra or {}).items():
             put(draft / name)
     return target
+
+
+def clear_drafts(out: Path) -> None:
+    """Remove what runs that were killed while they wrote `out` have left beside it; call it where no other run can be writing."""
+    for draft in out.parent.glob(f".{escape(out.name)}.tmp-*"):
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _plain_config(model: Any) -> None:
