@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rarefy.cli.main import main
 from rarefy.core.discover import recipes
+from rarefy.core.errors import BadFile, BadInput, Refused
 from rarefy.hub.export import save_dense
 from rarefy.hub.shards import load_sharded
 from rarefy.weights.checkpoint import Checkpoint
 from rarefy.weights.prune import prune
+from rarefy.weights.sites import find_sites
 
 transformers = pytest.importorskip("transformers")
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -158,3 +162,91 @@ def test_a_model_is_pruned_in_less_memory_than_it_takes(tmp_path: Path) -> None:
     for file in ("model.safetensors", "prune.json"):
         streamed, free = ((tmp_path / way / file).read_bytes().replace(way.encode(), b"") for way in ("streamed", "free"))
         assert streamed == free, file
+
+
+@pytest.fixture(scope="module")
+def words(folders: dict[str, Path]) -> Path:
+    """A model with a tokenizer and a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = folders["llama"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<s>", "<unk>", *(chr(c) for c in range(97, 123))])}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>").save_pretrained(folder)
+    (folder / "text.txt").write_text("sparse networks choose what to keep " * 100)
+    return folder
+
+
+def command(folder: Path, out: Path, *more: str) -> int:
+    return main(["prune", str(folder), "--out", str(out), "--recipe", "wanda", "--calibration", str(folder / "text.txt"), "--calibration-tokens", "256", *more])
+
+
+def test_the_command_streams_when_asked_and_when_the_model_is_larger_than_memory(
+    words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rarefy.cli import loading
+
+    assert command(words, tmp_path / "memory" / "out") == 0
+    assert command(words, tmp_path / "asked" / "out", "--stream") == 0
+    assert "are streamed" not in capsys.readouterr().err
+    monkeypatch.setattr(loading, "available_bytes", lambda: 1000)
+    assert command(words, tmp_path / "small" / "out") == 0
+    assert "0.0 MB of memory: the weights are streamed" in capsys.readouterr().err
+    for side in ("asked", "small"):
+        for file in ("model.safetensors", "masks.safetensors", "prune.json", "config.json", "tokenizer.json"):
+            assert (tmp_path / side / "out" / file).read_bytes() == (tmp_path / "memory" / "out" / file).read_bytes(), file
+    monkeypatch.setattr(loading, "load_sharded", lambda *_, **__: pytest.fail("streamed"))
+    assert command(words, tmp_path / "unasked" / "out", "--no-stream") == 0
+
+
+@pytest.mark.parametrize(("recipe", "message"), [("global-mp", "needs every site's scores at once"), ("gradient", "needs a backward pass")])
+def test_what_needs_the_whole_model_is_not_streamed(folders: dict[str, Path], tmp_path: Path, recipe: str, message: str) -> None:
+    from dataclasses import replace
+
+    from rarefy.weights.criteria.gradient_weight import GradientWeight
+    from rarefy.weights.solvers.keep import Keep
+
+    chosen = replace(recipes()["magnitude"], solver=Keep(GradientWeight())) if recipe == "gradient" else recipes()[recipe]
+    loaded, weights = load_sharded(folders["llama"])
+    with pytest.raises(Refused, match=message):
+        prune(loaded.model, BATCHES, chosen, density=0.5, weights=weights, checkpoint=tmp_path / "p")
+    with pytest.raises(Refused, match="kept in a checkpoint, and none was named"):
+        prune(loaded.model, BATCHES, recipes()["magnitude"], density=0.5, weights=weights)
+
+
+def test_folders_that_cannot_be_streamed_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="read from a folder on this machine"):
+        load_sharded("owner/name")
+    torch.manual_seed(0)
+    config = {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}
+    transformers.MixtralForCausalLM(transformers.MixtralConfig(**config)).save_pretrained(tmp_path / "experts")
+    with pytest.raises(Refused, match="is not stored under that name, it is converted while loading"):
+        load_sharded(tmp_path / "experts")
+    shutil.copytree(folders["llama"], tmp_path / "cut")
+    shard = sorted((tmp_path / "cut").glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-5])
+    loaded, weights = load_sharded(tmp_path / "cut")
+    with pytest.raises(BadFile, match="cannot be read"):
+        prune(loaded.model, BATCHES, recipes()["magnitude"], density=0.5, weights=weights, checkpoint=tmp_path / "p")
+    shard.unlink()
+    with pytest.raises(BadFile, match="it is not there"):
+        load_sharded(tmp_path / "cut")
+
+
+def test_a_model_on_the_meta_device_has_sites_and_a_budget_and_is_not_pruned(folders: dict[str, Path]) -> None:
+    real = transformers.AutoModelForCausalLM.from_pretrained(folders["tied"])
+    empty = load_sharded(folders["tied"])[0].model
+    assert find_sites(empty) == find_sites(real)
+    everything = {"include": ["*"]}
+    assert find_sites(empty, **everything) == find_sites(real, **everything)
+    from rarefy.core.records import Member, Units
+
+    counts = [
+        recipes()["magnitude"].allocation.counts([Units(s.name, s.shape, (Member(s.name),)) for s in find_sites(m)], sum(s.numel for s in find_sites(m)) // 3)
+        for m in (real, empty)
+    ]
+    assert counts[0] == counts[1]
+    with pytest.raises(BadInput, match="on the meta device: it holds no weights that could be pruned"):
+        prune(empty, BATCHES, recipes()["magnitude"], density=0.5)
+    with pytest.raises(BadInput, match="device is 'meta'"):
+        load_sharded(folders["tied"], device="meta")
