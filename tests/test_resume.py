@@ -18,6 +18,7 @@ from torch import nn
 from rarefy.cli.main import main
 from rarefy.core.discover import recipes
 from rarefy.core.errors import BadFile, Refused
+from rarefy.hub.export import save_dense
 from rarefy.weights.checkpoint import Checkpoint, unpack
 from rarefy.weights.prune import prune
 
@@ -363,3 +364,15 @@ def test_a_data_free_recipe_keeps_its_blocks(folder: str, tmp_path: Path) -> Non
     assert told == [(3, 5)]
     assert records[0] == records[1]
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_an_extra_file_appears_with_the_folder_or_neither_does(folder: str, tmp_path: Path) -> None:
+    def full(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(Refused, match="disk is full"):
+        save_dense(load(folder), None, tmp_path / "out", extra={"masks": full})
+    assert not list(tmp_path.iterdir())
+    save_dense(load(folder), None, tmp_path / "out", extra={"masks": lambda path: path.touch()})
+    assert (tmp_path / "out" / "masks").exists() and (tmp_path / "out" / "model.safetensors").exists()

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rarefy.cli.main import main
 from rarefy.core.discover import recipes
 from rarefy.core.errors import BadFile, BadInput, Refused
 from rarefy.hub.export import save_dense
-from rarefy.hub.shards import load_sharded
+from rarefy.hub.shards import ShardedWeights, load_sharded
 from rarefy.weights.checkpoint import Checkpoint
 from rarefy.weights.prune import prune
 from rarefy.weights.sites import find_sites
@@ -162,6 +163,46 @@ def test_a_model_is_pruned_in_less_memory_than_it_takes(tmp_path: Path) -> None:
     for file in ("model.safetensors", "prune.json"):
         streamed, free = ((tmp_path / way / file).read_bytes().replace(way.encode(), b"") for way in ("streamed", "free"))
         assert streamed == free, file
+
+
+@pytest.mark.parametrize("depends", [False, True])
+def test_more_batches_do_not_read_the_blocks_more_often(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depends: bool) -> None:
+    """Unless what the blocks are called with depends on their hidden states: then every batch must run through all of them."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    reads: Counter[str] = Counter()
+    stored, call = ShardedWeights._stored, LlamaDecoderLayer.__call__
+
+    def counted(self: ShardedWeights, name: str) -> torch.Tensor:
+        reads[name] += 1
+        return stored(self, name)
+
+    def dependent(self: Any, hidden: torch.Tensor, **more: Any) -> Any:
+        return call(self, hidden, **{"seen": float(hidden.abs().mean()) if depends else 1.0, **more})
+
+    monkeypatch.setattr(ShardedWeights, "_stored", counted)
+    monkeypatch.setattr(LlamaDecoderLayer, "__call__", dependent)
+    counts, outs = [], []
+    for number, batches in enumerate((BATCHES, BATCHES * 3)):
+        reads.clear()
+        loaded, weights = load_sharded(folders["llama"])
+        outs.append(prune(loaded.model, batches, recipes()["wanda"], density=0.5, weights=weights, checkpoint=tmp_path / str(number)))
+        counts.append(reads["model.layers.1.mlp.up_proj.weight"])
+    assert counts == ([5, 9] if depends else [4, 4])  # the key, the chain, the capture of the first batch or of each, the block itself
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders["llama"])
+    assert prune(model, BATCHES * 3, recipes()["wanda"], density=0.5)["sites"] == outs[1]["sites"]
+
+
+def test_every_verb_that_reads_a_model_takes_a_device() -> None:
+    import inspect
+
+    import rarefy.cli.verbs
+    from rarefy.cli.main import app
+
+    assert rarefy.cli.verbs
+    signatures = [inspect.signature(c.callback).parameters for c in app.registered_commands if c.callback]
+    loading = [p for p in signatures if "model" in p]
+    assert len(loading) >= 5 and all("device" in p for p in loading)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,8 @@ from rarefy.core.errors import BadFile, Refused
 from rarefy.core.records import Site
 from rarefy.hub.load import TASKS, Loaded, resolve, tokenizer_of, torch_device, torch_dtype
 from rarefy.hub.tensor_file import write_tensors
-from rarefy.weights.checkpoint import Checkpoint
+from rarefy.weights.blocks import Calls, capture, hidden_of
+from rarefy.weights.checkpoint import Checkpoint, digest
 from rarefy.weights.source import Weights
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -58,8 +59,12 @@ class ShardedWeights(Weights):
             self._below[path] = [self._names[id(tensor)] for tensor in own.values()]
             for name, key in zip(own, self._below[path], strict=True):
                 self._holders[key].append((module, name))
-        self._aliases = {self._names[id(t)]: name for name, t in model.named_parameters(remove_duplicate=False) if name in files}
+        self._aliases: dict[str, str] = {}
+        for name, tensor in model.named_parameters(remove_duplicate=False):
+            if name in files:
+                self._alias(self._names[id(tensor)], name)
         self._users: Counter[str] = Counter()
+        self._passed: set[nn.Module] = set()  # blocks that hand their input on
         self._pruned: dict[str, list[Callable[[Tensor], None]]] = defaultdict(list)  # what turns a stored tensor into a pruned one
         absent = [key for key in self.empty if key not in self._aliases]
         if absent:
@@ -67,6 +72,14 @@ class ShardedWeights(Weights):
         for name in model.state_dict():
             if name not in self._holder_names() and name in files:
                 model.get_buffer(name).copy_(self._stored(name))
+        for module in model.modules():
+            module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items() if buffer is not None})
+
+    def _alias(self, key: str, name: str) -> None:
+        """A tied tensor may be stored under several of its names, and must be the same then."""
+        known = self._aliases.setdefault(key, name)
+        if known != name and not torch.equal(self._stored(known), self._stored(name)):
+            raise Refused(f"streaming {type(self.model).__name__}", f"{key} and {name} are tied and stored with different values", "prune in memory (--no-stream)")
 
     def _holder_names(self) -> set[str]:
         return {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
@@ -134,9 +147,43 @@ class ShardedWeights(Weights):
         yield from ((path, keys) for path, keys in self._below.items() if keys and not any(path == b or path.startswith(b + ".") for b in blocks))
 
     def _watch(self, module: nn.Module, keys: list[str]) -> tuple[RemovableHandle, RemovableHandle]:
-        before: Callable[..., None] = lambda *_: self._take(keys)  # noqa: E731
-        after: Callable[..., None] = lambda *_: self._drop(keys)  # noqa: E731
+        def before(*_: Any) -> None:
+            self._take([] if module in self._passed else keys)
+
+        def after(*_: Any) -> None:
+            self._drop([] if module in self._passed else keys)
+
         return module.register_forward_pre_hook(before, prepend=True), module.register_forward_hook(after, always_call=True)
+
+    def capture(self, chain: Sequence[tuple[str, nn.Module]], batches: Sequence[Any]) -> list[Calls]:
+        """As in memory, without reading every block once per batch where the first batch shows that this changes nothing."""
+        tuples: set[bool] = set()
+        hooks = [block.register_forward_hook(lambda _, __, output: tuples.add(isinstance(output, tuple))) for _, block in chain]
+        calls = capture(self.model, chain, batches[:1])
+        for hook in hooks:
+            hook.remove()
+        if len(batches) > 1 and tuples == {False}:
+            with self._passing([block for _, block in chain]):
+                if _same(capture(self.model, chain, batches[:1])[0], calls[0]):
+                    return calls + capture(self.model, chain, batches[1:])
+        return calls + capture(self.model, chain, batches[1:])
+
+    @contextmanager
+    def _passing(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
+        """These blocks return the hidden states that they are called with."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return hidden_of(args, kwargs)
+
+        self._passed.update(blocks)
+        try:
+            for block in blocks:
+                block.forward = forward
+            yield
+        finally:
+            for block in blocks:
+                vars(block).pop("forward", None)
+            self._passed.clear()
 
     def _take(self, keys: list[str]) -> None:
         for key in keys:
@@ -164,7 +211,7 @@ class ShardedWeights(Weights):
         model.config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
-        tied = self._holder_names() - self.empty.keys()
+        tied = {*(self._holder_names() - self.empty.keys()), *(model._keys_to_ignore_on_save or ())}
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
         split = split_torch_state_dict_into_shards(state, max_shard_size=SHARD, filename_pattern="model{suffix}.safetensors")
         for file, names in split.filename_to_tensors.items():
@@ -172,6 +219,10 @@ class ShardedWeights(Weights):
         if split.is_sharded:
             index = {"metadata": {"total_parameters": model.num_parameters(), **split.metadata}, "weight_map": split.tensor_to_filename}
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _same(left: Calls, right: Calls) -> bool:
+    return digest(left.hidden, left.rest) == digest(right.hidden, right.rest)
 
 
 class _Lazy(Mapping[str, Tensor]):

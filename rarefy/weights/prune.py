@@ -22,8 +22,10 @@ from rarefy.core.errors import BadInput, Refused
 from rarefy.core.exact import keep_count
 from rarefy.core.records import Member, Pruned, Recipe, Site, Units
 from rarefy.core.roles import Allocation, Criterion, Pattern, Solver, Statistic, asks
+from rarefy.weights.account import ERROR_STATISTIC, site_record, unseen
+from rarefy.weights.account import relative_error as relative_error
 from rarefy.weights.allocations.outlier_share import block_of
-from rarefy.weights.blocks import Calls, called_before, capture, find_chain, run_block, uncached
+from rarefy.weights.blocks import Calls, called_before, find_chain, run_block, uncached
 from rarefy.weights.checkpoint import Checkpoint, digest, pack, unpack
 from rarefy.weights.criteria.magnitude import Magnitude
 from rarefy.weights.sites import find_sites
@@ -31,7 +33,6 @@ from rarefy.weights.source import Weights
 
 ProgressBar = Callable[[int, int, str], None]
 OnPruned = Callable[[Site, Pruned], None]
-ERROR_STATISTIC, NORM = "hessian", "input_norm"
 WHOLE, OUTSIDE, AFTER = "the whole model", "outside the chain", "after the chain"  # labels of groups that are no block
 COUNT_TOLERANCE = 0.01  # of the budget: how far a pattern's nearest counts may be from what was asked
 
@@ -262,10 +263,10 @@ class _Flow:
             before = called_before(self.model, chain, [s.module for s in outside], self.batches[0])
             early, late = [s for s in outside if s.module in before], [s for s in outside if s.module not in before]
         self._expect([*([OUTSIDE] if early else []), *(path for path, sites in inside.items() if sites), *([AFTER] if late else [])])
-        calls = capture(self.model, chain, self.batches) if chain and mode == "parallel" else []
+        calls = self.weights.capture(chain, self.batches) if chain and mode == "parallel" else []
         records = self._outside(OUTSIDE, early, budget, dense, statistics)
         if chain and mode == "cascade":
-            calls = capture(self.model, chain, self.batches)
+            calls = self.weights.capture(chain, self.batches)
         for index, (path, block) in enumerate(chain):
             self.progress(index, len(chain), f"prune {path}")
             with self.weights.hold([path]):
@@ -364,7 +365,7 @@ class _Flow:
             for site in scope:
                 pruned = self._checked(site, solved[site.name])
                 seen = {n: known[site.name] for n, known in stats.items() if site.name in known}
-                records.append(self._record(site, weights[site.name], pruned, seen, _unseen(seen) if idle is None else site.name in idle))
+                records.append(site_record(site, weights[site.name], pruned, self._weight(site).dtype, seen, unseen(seen) if idle is None else site.name in idle))
                 self._write(site, pruned)
                 self.on_pruned(site, pruned)
                 if self.checkpoint is not None:
@@ -388,51 +389,6 @@ class _Flow:
             bias = self._bias(site)
             if pruned.bias is not None and bias is not None:
                 bias.copy_(pruned.bias)
-
-    def _record(self, site: Site, weight: Tensor, pruned: Pruned, seen: Mapping[str, Tensor], idle: bool) -> dict[str, Any]:
-        kept = int(pruned.mask.sum())
-        hessian = None if idle else seen.get(ERROR_STATISTIC)
-        stored = pruned.weight.to(self.model.get_parameter(site.key).dtype).float()
-        return {
-            "name": site.name,
-            "shape": list(site.shape),
-            "kept": kept,
-            "density": kept / site.numel,
-            "error_mask_only": relative_error(weight, torch.where(pruned.mask, weight, 0.0), hessian),
-            "error": relative_error(weight, stored, hessian),
-            "error_on": "weight" if hessian is None else "inputs",
-            **({"dead_inputs": int((_moments(seen) == 0).sum())} if not idle and _moments(seen).numel() else {}),
-            **({"notes": dict(pruned.notes)} if pruned.notes else {}),
-            **({"idle": True} if idle else {}),
-        }
-
-
-def _moments(seen: Mapping[str, Tensor]) -> Tensor:
-    """What is known of every input column's size: the diagonal of its second moment, or its norm; empty where neither is."""
-    return seen[ERROR_STATISTIC].diagonal() if ERROR_STATISTIC in seen else seen.get(NORM, torch.empty(0)).reshape(-1)
-
-
-def _unseen(seen: Mapping[str, Tensor]) -> bool:
-    """Whether these are the statistics of a site that saw no row: the collector counts every input alike then."""
-    moments = _moments(seen)
-    alike = moments.numel() > 0 and bool((moments == 1).all())
-    return alike and (ERROR_STATISTIC not in seen or torch.count_nonzero(seen[ERROR_STATISTIC]).item() == len(moments))
-
-
-def relative_error(weight: Tensor, new: Tensor, hessian_CC: Tensor | None) -> float:
-    """sqrt(tr(D H D^T) / tr(W H W^T)) with D = W - W' and H = I where it is None; 0 for a site without signal.
-
-    >>> relative_error(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 4.0]]), None)
-    0.6
-    """
-
-    def energy(matrix: Tensor) -> float:
-        flat = matrix.reshape(matrix.shape[0], -1)
-        product = flat if hessian_CC is None else flat @ hessian_CC
-        return float((product.double() * flat.double()).sum().clamp(min=0.0))
-
-    signal = energy(weight)
-    return (energy(weight - new) / signal) ** 0.5 if signal > 0 else 0.0
 
 
 def dense_statistics(recipes: Sequence[Recipe]) -> list[Statistic]:

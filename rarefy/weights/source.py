@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Site
+from rarefy.weights.blocks import Calls, capture
 from rarefy.weights.checkpoint import Checkpoint
 
 
@@ -43,6 +44,10 @@ class Weights:
     def watched(self) -> AbstractContextManager[Any]:
         """While it is entered, the model may be called."""
         return nullcontext()
+
+    def capture(self, chain: Sequence[tuple[str, nn.Module]], batches: Sequence[Any]) -> list[Calls]:
+        """What the first block and every block are called with, see `rarefy.weights.blocks.capture`."""
+        return capture(self.model, chain, batches)
 
     def finished(self, sites: Iterable[Site], checkpoint: Checkpoint | None) -> None:
         """These sites have their final values, and a group of the checkpoint holds them."""
