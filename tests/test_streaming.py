@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from rarefy.cli.main import main
 from rarefy.core.discover import recipes
 from rarefy.core.errors import BadFile, BadInput, Refused
+from rarefy.hub import shards
 from rarefy.hub.export import save_dense
-from rarefy.hub.shards import ShardedWeights, load_sharded
+from rarefy.hub.shards import ShardedWeights, available_bytes, load_sharded
 from rarefy.weights.checkpoint import Checkpoint
 from rarefy.weights.prune import prune
 from rarefy.weights.sites import find_sites
@@ -191,6 +192,16 @@ def test_more_batches_do_not_read_the_blocks_more_often(folders: dict[str, Path]
     assert counts == ([5, 9] if depends else [4, 4])  # the key, the chain, the capture of the first batch or of each, the block itself
     model = transformers.AutoModelForCausalLM.from_pretrained(folders["llama"])
     assert prune(model, BATCHES * 3, recipes()["wanda"], density=0.5)["sites"] == outs[1]["sites"]
+
+
+def test_available_memory_is_the_smaller_of_what_is_free_and_a_containers_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"/proc/meminfo": "MemTotal:  900 kB\nMemAvailable:     300 kB\n", "/sys/fs/cgroup/memory.max": "max\n"}
+    monkeypatch.setattr(shards, "_text", lambda path: files.get(path, ""))
+    assert available_bytes() == 300 * 1024
+    files["/sys/fs/cgroup/memory.max"] = "200000\n"
+    assert available_bytes() == 200000
+    files.clear()
+    assert (available_bytes() or 0) > 1e8  # what is built in
 
 
 def test_every_verb_that_reads_a_model_takes_a_device() -> None:

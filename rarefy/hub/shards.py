@@ -6,6 +6,8 @@ What is in memory at a time is one block (or one module outside the blocks), its
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -314,16 +316,24 @@ def _first_dtype(files: Mapping[str, Path]) -> torch.dtype:
         return file.get_tensor(name).dtype
 
 
-def folder_bytes(spec: str) -> int:
+def folder_bytes(spec: str | Path) -> int:
     """Bytes of the weights in a local folder; 0 where `spec` is none."""
-    return sum(file.stat().st_size for file in Path(spec).glob("*.safetensors")) if Path(spec).is_dir() else 0
+    folder = Path(spec).expanduser()
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
 
 
 def available_bytes() -> int | None:
-    """Memory that a process may take without swapping, or None where the system does not tell."""
+    """Memory that this process may take without swapping: what is free, a container's limit, or else what is built in; None if unknown."""
+    free = re.search(r"^MemAvailable:\s+(\d+) kB", _text("/proc/meminfo"), re.MULTILINE)
+    limit = re.fullmatch(r"\d+", _text("/sys/fs/cgroup/memory.max").strip())
+    known = [*([int(free[1]) * 1024] if free else []), *([int(limit[0])] if limit else [])]
+    if not known and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        known = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    return min(known, default=None)
+
+
+def _text(path: str) -> str:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        return Path(path).read_text()
     except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
+        return ""

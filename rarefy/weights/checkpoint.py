@@ -85,9 +85,11 @@ class Checkpoint:
                 raise self._unwritable(error) from error
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 os.close(handle)
                 raise Refused(f"checkpoint {self.folder} is in use", "another run writes the same output now", "wait until it has finished, or name another folder") from error
+            except OSError:
+                return handle  # a file system without locks
             if self.folder.is_dir() and os.path.samestat(os.fstat(handle), self.folder.stat()):
                 return handle
             os.close(handle)  # its owner finished and removed it between our two calls
