@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rarefy.cli.main import main
 from rarefy.core.discover import recipes
@@ -32,6 +32,7 @@ LLAMA = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {**LLAMA, "attention_bias": True}),
     "tied": ("Llama", {**LLAMA, "tie_word_embeddings": True}),
+    "experts": ("Mixtral", {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt2": ("GPT2", {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 32}),
 }
 
@@ -75,6 +76,8 @@ CASES = [
     ("tied", "magnitude", {"include": ["*embed_tokens", "*up_proj"]}),
     ("llama", "sparsegpt", {"include": ["lm_head", "*up_proj"]}),
     ("gpt2", "sparsegpt", {}),
+    ("experts", "sparsegpt", {}),
+    ("experts", "magnitude", {"errors": False}),
 ]
 
 
@@ -164,6 +167,21 @@ def test_a_model_is_pruned_in_less_memory_than_it_takes(tmp_path: Path) -> None:
     for file in ("model.safetensors", "prune.json"):
         streamed, free = ((tmp_path / way / file).read_bytes().replace(way.encode(), b"") for way in ("streamed", "free"))
         assert streamed == free, file
+
+
+@pytest.mark.parametrize("name", ["tied", "experts"])
+def test_output_is_sharded_as_save_pretrained_shards_it(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(shards, "SHARD", "20KB")
+    transformers.AutoModelForCausalLM.from_pretrained(folders[name]).save_pretrained(tmp_path / "memory", max_shard_size="20KB")
+    (tmp_path / "streamed").mkdir()
+    load_sharded(folders[name])[1].write(tmp_path / "streamed")
+    memory, streamed = (sorted((tmp_path / side).glob("*.safetensors")) for side in ("memory", "streamed"))
+    left, right = ({n: t for p in files for n, t in load_file(p).items()} for files in (memory, streamed))
+    assert left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+    assert len(streamed) > 5
+    if name == "tied":  # a layer's experts are views of one tensor in memory and stay in one shard for that; here they need not
+        assert all((tmp_path / "streamed" / p.name).read_bytes() == p.read_bytes() for p in (tmp_path / "memory").iterdir())
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "streamed")
 
 
 @pytest.mark.parametrize("depends", [False, True])
@@ -269,11 +287,6 @@ def test_what_needs_the_whole_model_is_not_streamed(folders: dict[str, Path], tm
 def test_folders_that_cannot_be_streamed_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(Refused, match="read from a folder on this machine"):
         load_sharded("owner/name")
-    torch.manual_seed(0)
-    config = {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}
-    transformers.MixtralForCausalLM(transformers.MixtralConfig(**config)).save_pretrained(tmp_path / "experts")
-    with pytest.raises(Refused, match="is not stored under that name, it is converted while loading"):
-        load_sharded(tmp_path / "experts")
     shutil.copytree(folders["llama"], tmp_path / "cut")
     shard = sorted((tmp_path / "cut").glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-5])
@@ -283,6 +296,19 @@ def test_folders_that_cannot_be_streamed_are_refused(folders: dict[str, Path], t
     shard.unlink()
     with pytest.raises(BadFile, match="it is not there"):
         load_sharded(tmp_path / "cut")
+    index = tmp_path / "cut" / "model.safetensors.index.json"
+    names = json.loads(index.read_text())
+    names["weight_map"] = {k: v for k, v in names["weight_map"].items() if v != shard.name}
+    index.write_text(json.dumps(names))
+    with pytest.raises(BadFile, match=r"holds no weights for model\.layers\.0"):
+        load_sharded(tmp_path / "cut")
+    save_file({n: t for p in folders["tied"].glob("*.safetensors") for n, t in load_file(p).items()}, tmp_path / "model.safetensors")
+    shutil.copy(folders["tied"] / "config.json", tmp_path)
+    load_sharded(tmp_path)
+    twice = load_file(tmp_path / "model.safetensors")
+    save_file({**twice, "lm_head.weight": twice["model.embed_tokens.weight"] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(Refused, match="are tied and stored with different values"):
+        load_sharded(tmp_path)
 
 
 def test_a_model_on_the_meta_device_has_sites_and_a_budget_and_is_not_pruned(folders: dict[str, Path]) -> None:

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rarefy.core.errors import BadFile, Refused
 from rarefy.core.records import Site
+from rarefy.hub.converted import Converted
 from rarefy.hub.load import TASKS, Loaded, resolve, tokenizer_of, torch_device, torch_dtype
 from rarefy.hub.tensor_file import write_tensors
 from rarefy.weights.blocks import Calls, capture, hidden_of
@@ -43,8 +44,8 @@ class ShardedWeights(Weights):
         device: where tensors are put.
 
     Raises:
-        Refused: a parameter of the model is not stored under its name (a class whose tensors are converted while loading).
-        BadFile: a file is truncated.
+        Refused: tied tensors are stored with different values.
+        BadFile: a file is truncated, or holds no weights for a parameter of the model.
     """
 
     streamed = True
@@ -68,9 +69,10 @@ class ShardedWeights(Weights):
         self._users: Counter[str] = Counter()
         self._passed: set[nn.Module] = set()  # blocks that hand their input on
         self._pruned: dict[str, list[Callable[[Tensor], None]]] = defaultdict(list)  # what turns a stored tensor into a pruned one
-        absent = [key for key in self.empty if key not in self._aliases]
+        self._converted = Converted(model, files)
+        absent = [key for key in self.empty if key not in self._aliases and key not in self._converted.sources]
         if absent:
-            raise Refused(f"streaming {type(model).__name__}", f"{absent[0]} is not stored under that name, it is converted while loading", "prune in memory (--no-stream)")
+            raise BadFile(str(next(iter(files.values())).parent), f"holds no weights for {absent[0]}", "they would be random numbers; save the model again")
         for name in model.state_dict():
             if name not in self._holder_names() and name in files:
                 model.get_buffer(name).copy_(self._stored(name))
@@ -93,7 +95,8 @@ class ShardedWeights(Weights):
         """A tensor as it is by now: stored, or pruned."""
         if key not in self.empty:
             return self.model.get_buffer(key)
-        tensor = self._stored(self._aliases[key]).to(device=self.device, dtype=self.empty[key].dtype)
+        stored = self._stored(self._aliases[key]) if key in self._aliases else self._converted.load(key, self._stored)
+        tensor = stored.to(device=self.device, dtype=self.empty[key].dtype)
         for write in self._pruned[key]:
             write(tensor)
         return tensor
@@ -204,7 +207,10 @@ class ShardedWeights(Weights):
             module._parameters[name] = parameter  # type: ignore[assignment]
 
     def write(self, folder: Path) -> None:
-        """The model folder that `save_pretrained` would write of the pruned model, tensor by tensor."""
+        """The model folder that `save_pretrained` would write of the pruned model, tensor by tensor.
+
+        The same bytes where it is one file; in a folder of several a layer's experts may lie in more shards than there.
+        """
         from huggingface_hub import split_torch_state_dict_into_shards
 
         model: Any = self.model
@@ -215,9 +221,10 @@ class ShardedWeights(Weights):
             model.generation_config.save_pretrained(folder)
         tied = {*(self._holder_names() - self.empty.keys()), *(model._keys_to_ignore_on_save or ())}
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        state, read = self._converted.save(state, self.read)
         split = split_torch_state_dict_into_shards(state, max_shard_size=SHARD, filename_pattern="model{suffix}.safetensors")
         for file, names in split.filename_to_tensors.items():
-            write_tensors(folder / file, {n: (state[n].dtype, tuple(state[n].shape)) for n in names}, self.read, {"format": "pt"})
+            write_tensors(folder / file, {n: (state[n].dtype, tuple(state[n].shape)) for n in names}, read, {"format": "pt"})
         if split.is_sharded:
             index = {"metadata": {"total_parameters": model.num_parameters(), **split.metadata}, "weight_map": split.tensor_to_filename}
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -281,7 +288,8 @@ def load_sharded(spec: str | Path, *, dtype: str | torch.dtype | None = None, de
     """Like `rarefy.hub.load.load`, with the weights left in their files.
 
     Raises:
-        Refused: no local folder of plain safetensors, or a class whose tensors are converted while loading.
+        Refused: no local folder of plain safetensors.
+        BadFile: weights are missing or truncated.
     """
     kind, target = torch_dtype(dtype), torch_device(device)
     where, _ = resolve(str(spec))
