@@ -178,7 +178,7 @@ def test_output_is_sharded_as_save_pretrained_shards_it(folders: dict[str, Path]
     memory, streamed = (sorted((tmp_path / side).glob("*.safetensors")) for side in ("memory", "streamed"))
     left, right = ({n: t for p in files for n, t in load_file(p).items()} for files in (memory, streamed))
     assert left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
-    assert len(streamed) > 5
+    assert len(streamed) > 2
     if name == "tied":  # a layer's experts are views of one tensor in memory and stay in one shard for that; here they need not
         assert all((tmp_path / "streamed" / p.name).read_bytes() == p.read_bytes() for p in (tmp_path / "memory").iterdir())
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "streamed")
