@@ -33,6 +33,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {**LLAMA, "attention_bias": True}),
     "tied": ("Llama", {**LLAMA, "tie_word_embeddings": True}),
     "experts": ("Mixtral", {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "fused": ("Mixtral", {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt2": ("GPT2", {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 32}),
 }
 
@@ -47,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for parameter in model.parameters():
             parameter.data.add_(0.01 * torch.randn_like(parameter))  # biases and norms too
         made[name] = tmp_path_factory.mktemp(name)
-        (model.bfloat16() if name == "tied" else model).save_pretrained(made[name], max_shard_size="20KB")
+        (model.bfloat16() if name == "tied" else model).save_pretrained(made[name], max_shard_size="20KB", save_original_format=name != "fused")
         assert len(list(made[name].glob("*.safetensors"))) > 2
     return made
 
@@ -169,7 +170,7 @@ def test_a_model_is_pruned_in_less_memory_than_it_takes(tmp_path: Path) -> None:
         assert streamed == free, file
 
 
-@pytest.mark.parametrize("name", ["tied", "experts"])
+@pytest.mark.parametrize("name", ["tied", "experts", "fused"])
 def test_output_is_sharded_as_save_pretrained_shards_it(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(shards, "SHARD", "20KB")
     transformers.AutoModelForCausalLM.from_pretrained(folders[name]).save_pretrained(tmp_path / "memory", max_shard_size="20KB")
