@@ -50,6 +50,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         made[name] = tmp_path_factory.mktemp(name)
         (model.bfloat16() if name == "tied" else model).save_pretrained(made[name], max_shard_size="20KB", save_original_format=name != "fused")
         assert len(list(made[name].glob("*.safetensors"))) > 2
+        if name == "tied":
+            made["headless"] = tmp_path_factory.mktemp("headless")
+            model.model.save_pretrained(made["headless"], max_shard_size="20KB")  # names without the prefix of the whole
     return made
 
 
@@ -170,7 +173,7 @@ def test_a_model_is_pruned_in_less_memory_than_it_takes(tmp_path: Path) -> None:
         assert streamed == free, file
 
 
-@pytest.mark.parametrize("name", ["tied", "experts", "fused"])
+@pytest.mark.parametrize("name", ["tied", "experts", "fused", "headless"])
 def test_output_is_sharded_as_save_pretrained_shards_it(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(shards, "SHARD", "20KB")
     transformers.AutoModelForCausalLM.from_pretrained(folders[name]).save_pretrained(tmp_path / "memory", max_shard_size="20KB")

@@ -57,27 +57,32 @@ class ShardedWeights(Weights):
         self._names = {id(tensor): key for key, tensor in self.empty.items()}
         self._holders: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
         self._below: dict[str, list[str]] = {}  # module -> keys of its own parameters
-        for path, module in model.named_modules():
+        self._users: Counter[str] = Counter()
+        self._passed: set[nn.Module] = set()  # blocks that hand their input on
+        self._pruned: dict[str, list[Callable[[Tensor], None]]] = defaultdict(list)  # what turns a stored tensor into a pruned one
+        self._aliases: dict[str, str] = {}  # key -> the name that it is stored under
+        self._survey()
+        self._converted = Converted(model, files)
+        buffers = [name for name in model.state_dict() if name not in self._aliases and name not in self._tied()]
+        absent = [key for key in (*self.empty, *buffers) if key not in self._aliases and key not in self._converted.sources]
+        if absent:
+            raise BadFile(str(next(iter(files.values())).parent), f"holds no weights for {absent[0]}", "they would be random numbers; save the model again")
+        for name in buffers:
+            if name not in self.empty:
+                model.get_buffer(name).copy_(self._source(name))
+        for module in model.modules():
+            module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items() if buffer is not None})
+
+    def _survey(self) -> None:
+        """Who holds which parameter, and under which of its names it is stored."""
+        for path, module in self.model.named_modules():
             own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
             self._below[path] = [self._names[id(tensor)] for tensor in own.values()]
             for name, key in zip(own, self._below[path], strict=True):
                 self._holders[key].append((module, name))
-        self._aliases: dict[str, str] = {}
-        for name, tensor in model.named_parameters(remove_duplicate=False):
-            if name in files:
+        for name, tensor in self.model.named_parameters(remove_duplicate=False):
+            if name in self.files:
                 self._alias(self._names[id(tensor)], name)
-        self._users: Counter[str] = Counter()
-        self._passed: set[nn.Module] = set()  # blocks that hand their input on
-        self._pruned: dict[str, list[Callable[[Tensor], None]]] = defaultdict(list)  # what turns a stored tensor into a pruned one
-        self._converted = Converted(model, files)
-        absent = [key for key in self.empty if key not in self._aliases and key not in self._converted.sources]
-        if absent:
-            raise BadFile(str(next(iter(files.values())).parent), f"holds no weights for {absent[0]}", "they would be random numbers; save the model again")
-        for name in model.state_dict():
-            if name not in self._holder_names() and name in files:
-                model.get_buffer(name).copy_(self._stored(name))
-        for module in model.modules():
-            module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items() if buffer is not None})
 
     def _alias(self, key: str, name: str) -> None:
         """A tied tensor may be stored under several of its names, and must be the same then."""
@@ -85,8 +90,9 @@ class ShardedWeights(Weights):
         if known != name and not torch.equal(self._stored(known), self._stored(name)):
             raise Refused(f"streaming {type(self.model).__name__}", f"{key} and {name} are tied and stored with different values", "prune in memory (--no-stream)")
 
-    def _holder_names(self) -> set[str]:
-        return {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+    def _tied(self) -> set[str]:
+        """The other names of tied parameters."""
+        return {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - self.empty.keys()
 
     def tensors(self) -> Mapping[str, Tensor]:
         return _Lazy([*self.empty, *(name for name, _ in self.model.named_buffers())], self.read)
@@ -95,11 +101,13 @@ class ShardedWeights(Weights):
         """A tensor as it is by now: stored, or pruned."""
         if key not in self.empty:
             return self.model.get_buffer(key)
-        stored = self._stored(self._aliases[key]) if key in self._aliases else self._converted.load(key, self._stored)
-        tensor = stored.to(device=self.device, dtype=self.empty[key].dtype)
+        tensor = self._source(key).to(device=self.device, dtype=self.empty[key].dtype)
         for write in self._pruned[key]:
             write(tensor)
         return tensor
+
+    def _source(self, key: str) -> Tensor:
+        return self._stored(self._aliases[key]) if key in self._aliases else self._converted.load(key, self._stored)
 
     def _stored(self, name: str) -> Tensor:
         try:
@@ -219,8 +227,8 @@ class ShardedWeights(Weights):
         model.config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
-        tied = {*(self._holder_names() - self.empty.keys()), *(model._keys_to_ignore_on_save or ())}
-        state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        left_out = {*self._tied(), *(model._keys_to_ignore_on_save or ())}
+        state = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
         state, read = self._converted.save(state, self.read)
         split = split_torch_state_dict_into_shards(state, max_shard_size=SHARD, filename_pattern="model{suffix}.safetensors")
         for file, names in split.filename_to_tensors.items():
