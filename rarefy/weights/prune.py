@@ -76,7 +76,7 @@ def prune(
         seed: of every random choice; the same seed gives the same bytes at the same number of threads.
         progress: called with (done, total, label).
         checkpoint: a folder that keeps finished blocks; the same call on the same dense model goes on from there and
-            gives the same bytes. It is left for the caller to delete.
+            gives the same bytes (a `loss` enters the key by its qualified name alone). It is left for the caller to delete.
         on_pruned: called with every site and what the solver returned; one that is read back has its weight as stored.
         weights: where the tensors are, if not in memory (`rarefy.hub.shards.ShardedWeights`); needs a checkpoint.
 
@@ -180,7 +180,7 @@ class _Flow:
         self.model, self.weights, self.batches = model, weights, batches
         self.recipe, self.pattern, self.allocation = recipe, pattern, allocation
         self.seed, self.loss, self.progress = seed, loss, progress or (lambda done, total, label: None)
-        self.errors = errors and bool(batches)
+        self.errors, self.on_inputs = errors and bool(batches), errors
         self.sites: list[Site] = []
         self.dense_throughout = False
         self.checkpoint: Checkpoint | None = None
@@ -365,7 +365,7 @@ class _Flow:
             for site in scope:
                 pruned = self._checked(site, solved[site.name])
                 seen = {n: known[site.name] for n, known in stats.items() if site.name in known}
-                records.append(site_record(site, weights[site.name], pruned, self._weight(site).dtype, seen, unseen(seen) if idle is None else site.name in idle))
+                records.append(site_record(site, weights[site.name], pruned, self._weight(site).dtype, seen, unseen(seen) if idle is None else site.name in idle, self.on_inputs))
                 self._write(site, pruned)
                 self.on_pruned(site, pruned)
                 if self.checkpoint is not None:
