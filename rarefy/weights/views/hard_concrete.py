@@ -36,16 +36,24 @@ class HardConcrete(View):
 
     paper = Paper("l0-hard-concrete", "Learning Sparse Neural Networks through L0 Regularization", "arXiv 1712.01312", ("a gate for each weight",))
 
+    @classmethod
+    def examples(cls) -> tuple[HardConcrete, ...]:
+        """Settled: in training the gates are drawn, so two forwards differ."""
+        gates = cls(torch.zeros(6, 8))
+        with torch.no_grad():
+            gates.a.copy_(torch.linspace(-4, 4, 48).view(6, 8))
+        return (gates.eval(),)
+
     def __init__(self, like: Tensor, start: float = 0.95) -> None:
         super().__init__()
         self.a = nn.Parameter(torch.full_like(like.detach(), math.log(start / (1 - start))))
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.training:
-            return weight * self._settled()
+            return weight * self._settled().to(weight.dtype)
         u = torch.rand_like(self.a).clamp(1e-6, 1 - 1e-6)
         s = torch.sigmoid((torch.logit(u) + self.a) / _TEMPERATURE)
-        return weight * (s * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+        return weight * (s * (_HIGH - _LOW) + _LOW).clamp(0, 1).to(weight.dtype)
 
     def _settled(self) -> Tensor:
         return (torch.sigmoid(self.a) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
@@ -55,5 +63,5 @@ class HardConcrete(View):
         return torch.sigmoid(self.a - _TEMPERATURE * math.log(-_LOW / _HIGH)).sum()
 
     def export(self, weight: Tensor) -> Pruned:
-        value = (weight * self._settled()).detach()
+        value = (weight * self._settled().to(weight.dtype)).detach()
         return Pruned(value, value != 0)
