@@ -30,7 +30,7 @@ def save_dense(model: Any, tokenizer: Any, out: str | Path, *, force: bool = Fal
     """
     target = Path(out)
     with atomic_folder(target, force=force) as draft:
-        _plain_config(model)
+        plain_config(model)
         model.save_pretrained(draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
@@ -42,7 +42,7 @@ def save_dense(model: Any, tokenizer: Any, out: str | Path, *, force: bool = Fal
     return target
 
 
-def _plain_config(model: Any) -> None:
+def plain_config(model: Any) -> None:
     """transformers refuses to save what came from a GGUF file until it forgets that it was quantised: the tensors are plain."""
     if getattr(model, "hf_quantizer", None) is not None and getattr(getattr(model.config, "quantization_config", None), "quant_method", "") == "gguf":
         model.hf_quantizer = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,9 +13,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
-from rarefy.core.errors import BadFile
-from rarefy.hub.packed import PackedLinear, replace
-from rarefy.hub.plan import METHOD, VERSION, Layer, parse
+from rarefy.core.attach import attach_gate, gated
+from rarefy.core.errors import BadFile, BadInput
+from rarefy.hub.packed import matrix, packed_kind, replace, unchanged
+from rarefy.hub.plan import METHOD, Layer, Plan, parse
+from rarefy.hub.tensors import check_folder, hashes
+from rarefy.surgery.narrow import replay
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -22,34 +27,59 @@ PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 class RarefyConfig(QuantizationConfigMixin):
     """The plan as transformers keeps it. Raises BadFile where a field breaks the format."""
 
-    def __init__(self, version: int = VERSION, layers: dict[str, Any] | None = None, **_: Any) -> None:
+    def __init__(self, quant_method: str = METHOD, **fields: Any) -> None:
+        parse(fields)
         self.quant_method = cast(QuantizationMethod, METHOD)
-        self.version = version
-        self.layers = {} if layers is None else layers
-        parse(self.version, self.layers)
+        self.fields = tuple(fields)
+        for name, value in fields.items():
+            setattr(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, **{name: copy.deepcopy(getattr(self, name)) for name in self.fields}}
+
+    def plan(self) -> Plan:
+        return parse({name: getattr(self, name) for name in self.fields})
 
 
 @register_quantizer(METHOD)
 class RarefyQuantizer(HfQuantizer):
-    """Swaps packed layers in, and verifies size, checksum and bit count of each."""
+    """Replays edits, packed layers and gates; verifies size, checksum and bit count of each, and every other tensor's checksum."""
 
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        _refuse_pickles(kwargs.get("checkpoint_files") or ())
-        for path, layer in self._plan().items():
-            linear = _linear(model, path, layer)
-            packed = torch.empty(layer.bytes, dtype=torch.uint8, device=linear.weight.device)
-            replace(model, path, PackedLinear(layer, packed, linear.bias))
+        plan = self._plan()
+        _check_files(plan, kwargs.get("checkpoint_files") or ())
+        for edit in plan.edits:
+            try:
+                replay(model, edit)
+            except BadInput as error:
+                raise BadFile(error.value, error.rule, "write the folder again") from error
+        for path, layer in plan.layers.items():
+            module, kind = _module(model, path, layer)
+            packed = torch.empty(layer.bytes, dtype=torch.uint8, device=module.weight.device)
+            replace(model, path, kind(layer, packed, module.bias))
+        for path, gate in plan.gates.items():
+            attach_gate(model, path, copy.deepcopy(gate))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for path, layer in self._plan().items():
+        plan = self._plan()
+        for path, layer in plan.layers.items():
             layer.verify(model.get_submodule(path).weight, f"{path}.weight")
+        live = gated(model)
+        for path, gate in plan.gates.items():
+            if not _same(live[path], gate):
+                raise BadFile(f"the gate on {path}", f"its tensors are not those of the plan's settings {gate.settings()}", "write the folder again")
         return model
 
-    def _plan(self) -> dict[str, Layer]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
+        unchanged(model, self._plan())
+        return None, {}
+
+    def _plan(self) -> Plan:
         config: Any = self.quantization_config
-        return parse(config.version, config.layers)
+        plan: Plan = config.plan()
+        return plan
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -59,18 +89,38 @@ class RarefyQuantizer(HfQuantizer):
         return False
 
 
-def _linear(model: nn.Module, path: str, layer: Layer) -> nn.Linear:
+def _same(live: nn.Module, planned: nn.Module) -> bool:
+    """Whether two gates agree in every tensor, in the dtype that the live one was loaded in."""
+    mine, theirs = live.state_dict(), planned.state_dict()
+    return all(torch.equal(mine[key].cpu(), theirs[key].to(mine[key].dtype)) for key in theirs)
+
+
+def _module(model: nn.Module, path: str, layer: Layer) -> tuple[Any, Any]:
     try:
         module = model.get_submodule(path)
     except AttributeError as error:
         raise BadFile(f"the plan of {path}", "the model has no such module", "write the folder again") from error
-    if type(module) is not nn.Linear or (module.out_features, module.in_features) != layer.shape:
-        raise BadFile(f"shape {list(layer.shape)} of {path}", f"the model has {tuple(getattr(module, 'weight', torch.empty(0)).shape)} there", "write the folder again")
-    return module
+    kind = packed_kind(module)
+    if kind is None or tuple(matrix(module).shape) != layer.shape:
+        there = tuple(getattr(module, "weight", torch.empty(0)).shape) if kind is None else tuple(matrix(module).shape)
+        raise BadFile(f"shape {list(layer.shape)} of {path}", f"the model has {there} there", "write the folder again")
+    return module, kind
 
 
-def _refuse_pickles(files: Any) -> None:
-    for folder in {Path(file).parent for file in files}:
+def _check_files(plan: Plan, files: Any) -> None:
+    for folder in {Path(os.path.abspath(file)).parent for file in files}:
         for file in sorted(folder.iterdir()):
             if file.suffix in PICKLED:
                 raise BadFile(str(file.name), "a packed folder holds safetensors only, and this file may run code", "delete it")
+        check_folder(folder)
+    if not plan.tensors or not files:
+        return
+    planned = {**plan.tensors, **{f"{path}.weight": layer.sha256 for path, layer in plan.layers.items()}}
+    found = hashes(Path(files[0]).parent, [Path(file) for file in files])
+    for key in sorted({*planned, *found}):
+        if key not in found or key not in planned:
+            raise BadFile(
+                f"tensor {key[:80]}", f"it is in {'the files' if key in found else 'the plan'} and not in {'the plan' if key in found else 'the files'}", "write the folder again"
+            )
+        if found[key] != planned[key]:
+            raise BadFile(f"{'packed tensor' if key not in plan.tensors else 'tensor'} {key}", "its sha256 is not the plan's", "the file is damaged; download or write it again")

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from rarefy.layouts import bitmask
+from rarefy.layouts import bitmask, flat
 
-LAYOUTS: dict[str, ModuleType] = {bitmask.NAME: bitmask}
+LAYOUTS: dict[str, ModuleType] = {bitmask.NAME: bitmask, flat.NAME: flat}

@@ -171,7 +171,8 @@ def _find(model: nn.Module, path: str) -> tuple[list[str], list[str]]:
     for width in {_count(m, "out") for m in matrices.values()}:
         rows = [n for n, m in matrices.items() if _count(m, "out") == width]
         columns = [n for n, m in matrices.items() if _count(m, "in") == width]
-        if len(columns) == 1 and columns[0] not in rows and len(rows) == len(matrices) - 1:
+        order = list(matrices)
+        if len(columns) == 1 and rows and len(rows) == len(matrices) - 1 and max(map(order.index, rows)) < order.index(columns[0]):
             found.append((rows, columns))
     if len(found) != 1:
         raise Refused(f"the units of {path!r}", f"its matrices {', '.join(matrices) or '(none)'} do not share one hidden width", "name the coupled matrices")

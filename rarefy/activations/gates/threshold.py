@@ -36,7 +36,7 @@ class Threshold(Gate):
     def __init__(self, density: float = 1.0, threshold: float = 0.0) -> None:
         super().__init__()
         keep_count(1, density)
-        if not 0 < density:
+        if not density > 0:
             raise BadInput(f"density {density}", "a threshold is a value that occurs, so some are kept", "pass a density in (0, 1]")
         if not (threshold >= 0 and math.isfinite(threshold)):
             raise BadInput(f"threshold {threshold}", "a threshold is a finite number, 0 or more")

@@ -49,4 +49,3 @@ class TopK(Gate):
 
     def extra_repr(self) -> str:
         return f"density={self.density}"
-
