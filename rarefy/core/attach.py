@@ -18,7 +18,7 @@ from rarefy.core.errors import BadInput, Refused
 from rarefy.core.roles import Gate, View
 
 Map = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-_PREFIX = "rarefy_"
+PREFIX = "rarefy_"
 _GATE = "rarefy_input"
 
 
@@ -99,7 +99,7 @@ def attach_view(model: nn.Module, key: str, view: View) -> None:
     for module, name in hosts:
         # A tuple in __dict__: not registered a second time on an alias's host, and deepcopy follows it.
         _host(module)[name] = (view,)
-    owner.add_module(_PREFIX + param, view)
+    owner.add_module(PREFIX + param, view)
 
 
 def viewed(model: nn.Module) -> dict[str, tuple[nn.Parameter, View]]:
@@ -107,8 +107,8 @@ def viewed(model: nn.Module) -> dict[str, tuple[nn.Parameter, View]]:
     found = {}
     for path, module in model.named_modules():
         for child, view in module._modules.items():
-            if child.startswith(_PREFIX) and isinstance(view, View):
-                param = child.removeprefix(_PREFIX)
+            if child.startswith(PREFIX) and isinstance(view, View):
+                param = child.removeprefix(PREFIX)
                 tensor = module._parameters[param]
                 assert tensor is not None
                 found[f"{path}.{param}" if path else param] = (tensor, view)
@@ -120,7 +120,7 @@ def detach(model: nn.Module) -> dict[str, View]:
     found = {key: view for key, (_, view) in viewed(model).items()}
     for module in list(model.modules()):
         if "_rarefy_held" in module.__dict__:
-            for child in [c for c, v in module._modules.items() if c.startswith(_PREFIX) and isinstance(v, View)]:
+            for child in [c for c, v in module._modules.items() if c.startswith(PREFIX) and isinstance(v, View)]:
                 del module._modules[child]
             module.__dict__["_rarefy_held"].clear()
             _release(module)

@@ -143,7 +143,7 @@ def save_packed(model: Any, tokenizer: Any, out: str | Path, layout: str = "bitm
             if tokenizer is not None:
                 tokenizer.save_pretrained(draft)
             if layers or plan.edits:
-                dense = {key: sha for key, sha in hashes(draft).items() if key not in packed}
+                dense = {key: sha for key, sha in hashes(draft.glob("*.safetensors")).items() if key not in packed}
                 model.config.quantization_config = RarefyConfig(**Plan(layers, plan.edits, gates, dense).to_dict())
                 model.config.save_pretrained(draft)
             (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n")

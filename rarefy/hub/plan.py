@@ -178,7 +178,7 @@ def _gate(path: str, entry: Any) -> Gate:
     if not isinstance(name, str) or name not in known:
         raise BadFile(f"gate {name!r} on {path}", f"known gates are {', '.join(known)}", "upgrade rarefy, or load the plug-in that defines it")
     kind: Any = known[name]
-    if set(settings) != set(kind().settings()) or not all(type(v) in (int, float) and math.isfinite(v) for v in settings.values()):
+    if set(settings) != set(kind().settings()) or not all(type(v) in (int, float) and abs(v) < math.inf for v in settings.values()):
         raise BadFile(f"settings {dict(settings)!r} of the {name} gate on {path}", f"they are finite numbers for {', '.join(kind().settings())}", _AGAIN)
     try:
         gate: Gate = kind(**settings)

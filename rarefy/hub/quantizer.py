@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
-from rarefy.core.attach import attach_gate, gated
+from rarefy.core.attach import PREFIX, attach_gate, gated
 from rarefy.core.errors import BadFile, BadInput
 from rarefy.hub.packed import matrix, packed_kind, replace, unchanged
 from rarefy.hub.plan import METHOD, Layer, Plan, parse
@@ -38,7 +39,8 @@ class RarefyConfig(QuantizationConfigMixin):
         return {"quant_method": METHOD, **{name: copy.deepcopy(getattr(self, name)) for name in self.fields}}
 
     def plan(self) -> Plan:
-        return parse({name: getattr(self, name) for name in self.fields})
+        with torch.device("cpu"):  # transformers builds the skeleton under the meta device
+            return parse({name: getattr(self, name) for name in self.fields})
 
 
 @register_quantizer(METHOD)
@@ -49,7 +51,9 @@ class RarefyQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         plan = self._plan()
-        _check_files(plan, kwargs.get("checkpoint_files") or ())
+        files = [Path(os.path.abspath(file)) for file in kwargs.get("checkpoint_files") or ()]
+        _check_folders(str(getattr(model.config, "_name_or_path", "")), files)
+        _check_tensors(plan, files)
         for edit in plan.edits:
             try:
                 replay(model, edit)
@@ -66,7 +70,10 @@ class RarefyQuantizer(HfQuantizer):
         plan = self._plan()
         for path, layer in plan.layers.items():
             layer.verify(model.get_submodule(path).weight, f"{path}.weight")
-        live = gated(model)
+        live, state = gated(model), model.state_dict()
+        for key in plan.tensors:
+            if f".{PREFIX}" in key and key not in state:
+                raise BadFile(f"tensor {key}", "the plan has no gate that owns it", "write the folder again")
         for path, gate in plan.gates.items():
             if not _same(live[path], gate):
                 raise BadFile(f"the gate on {path}", f"its tensors are not those of the plan's settings {gate.settings()}", "write the folder again")
@@ -107,16 +114,23 @@ def _module(model: nn.Module, path: str, layer: Layer) -> tuple[Any, Any]:
     return module, kind
 
 
-def _check_files(plan: Plan, files: Any) -> None:
-    for folder in {Path(os.path.abspath(file)).parent for file in files}:
+def _check_folders(where: str, files: Sequence[Path]) -> None:
+    home = [Path(os.path.abspath(where))] if where and Path(where).is_dir() else []
+    for folder in dict.fromkeys([*home, *(file.parent for file in files)]):
+        check_folder(folder)
         for file in sorted(folder.iterdir()):
             if file.suffix in PICKLED:
                 raise BadFile(str(file.name), "a packed folder holds safetensors only, and this file may run code", "delete it")
-        check_folder(folder)
+    for file in files:
+        if home and not file.is_relative_to(home[0]):
+            raise BadFile(str(file), f"it lies outside of {where}", "write the folder again")
+
+
+def _check_tensors(plan: Plan, files: Sequence[Path]) -> None:
     if not plan.tensors or not files:
         return
     planned = {**plan.tensors, **{f"{path}.weight": layer.sha256 for path, layer in plan.layers.items()}}
-    found = hashes(Path(files[0]).parent, [Path(file) for file in files])
+    found = hashes(files)
     for key in sorted({*planned, *found}):
         if key not in found or key not in planned:
             raise BadFile(

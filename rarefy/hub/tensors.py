@@ -33,14 +33,14 @@ def _once(pairs: list[tuple[str, Any]], name: str) -> dict[str, Any]:
     return found
 
 
-def hashes(folder: Path, files: Iterable[Path] | None = None) -> dict[str, str]:
-    """{tensor: sha256 of its bytes} over the safetensors files of a folder.
+def hashes(files: Iterable[Path]) -> dict[str, str]:
+    """{tensor: sha256 of its bytes} over safetensors files.
 
     Raises:
         BadFile: a file is truncated or no safetensors file, or a name occurs twice.
     """
     found: dict[str, str] = {}
-    for file in sorted(folder.glob("*.safetensors") if files is None else files):
+    for file in sorted(files):
         for name, sha in _file(file).items():
             if name in found:
                 raise BadFile(file.name, f"it holds the tensor {name[:80]!r}, which another file holds too", _AGAIN)

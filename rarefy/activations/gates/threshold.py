@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
@@ -38,8 +37,8 @@ class Threshold(Gate):
         keep_count(1, density)
         if not density > 0:
             raise BadInput(f"density {density}", "a threshold is a value that occurs, so some are kept", "pass a density in (0, 1]")
-        if not (threshold >= 0 and math.isfinite(threshold)):
-            raise BadInput(f"threshold {threshold}", "a threshold is a finite number, 0 or more")
+        if not 0 <= threshold <= torch.finfo(torch.float32).max:
+            raise BadInput(f"threshold {threshold}", "a threshold is a finite float32, 0 or more")
         self.density = float(density)
         self.register_buffer("threshold", torch.tensor(float(threshold), dtype=torch.float32))
 
