@@ -370,6 +370,15 @@ def flip_dense(folder: Path) -> None:
     file.write_bytes(data)
 
 
+def header(folder: Path, old: str, new: str) -> None:
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    text = data[8 : 8 + length].replace(old.encode(), new.encode(), 1)
+    assert text != data[8 : 8 + length]
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
 GATE_HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "tampered": (lambda f: plan(f, gate_entry(threshold=0.5)), "sha256 is not that of its own fields"),
     "no checksum": (lambda f: plan(f, lambda q: q.pop("sha256")), "no sha256 of itself"),
@@ -388,7 +397,9 @@ GATE_HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown field": (lambda f: seal(f, lambda q: q.update(hook="x")), "'hook'"),
     "list of gates": (lambda f: seal(f, lambda q: q.update(gates=[])), "gates must be a mapping"),
     "huge shape": (lambda f: seal(f, lambda q: q["layers"][DOWN].update(shape=[2**30, 2**30])), f"bytes|shape [{2**30}, {2**30}]"),
-    "dense tensor flipped": (flip_dense, "tensor model.norm.weight: its sha256"),
+    "dense tensor flipped": (flip_dense, "tensor model.norm.weight: its sha256, dtype or shape"),
+    "dtype of a dense tensor": (lambda f: header(f, '"F32","shape":[16]', '"I32","shape":[16]'), "sha256, dtype or shape"),
+    "tensor twice": (lambda f: header(f, '"model.norm.weight":', '"lm_weight":1,"lm_weight":'), "'lm_weight' twice"),
     "version": (lambda f: seal(f, lambda q: q.update(version=True)), "version True"),
 }
 

@@ -16,8 +16,8 @@ from rarefy.core.attach import attach_gate, gated, plain_type, viewed
 from rarefy.core.errors import BadInput, MissingExtra, Refused
 from rarefy.hub.atomic import atomic_folder
 from rarefy.hub.export import plain_config
-from rarefy.hub.plan import DTYPES, Layer, Plan, digest, edit_dict, gate_dict
-from rarefy.hub.tensors import hashes
+from rarefy.hub.plan import DTYPES, Layer, Plan, edit_dict, gate_dict
+from rarefy.hub.tensors import Stored, digest, stored
 from rarefy.layouts import LAYOUTS, flat
 from rarefy.surgery.narrow import edits, replay, widen
 from rarefy.weights.sites import find_sites
@@ -143,7 +143,7 @@ def save_packed(model: Any, tokenizer: Any, out: str | Path, layout: str = "bitm
             if tokenizer is not None:
                 tokenizer.save_pretrained(draft)
             if layers or plan.edits:
-                dense = {key: sha for key, sha in hashes(draft.glob("*.safetensors")).items() if key not in packed}
+                dense = {key: tensor.seal() for key, tensor in stored(draft.glob("*.safetensors")).items() if key not in packed}
                 model.config.quantization_config = RarefyConfig(**Plan(layers, plan.edits, gates, dense).to_dict())
                 model.config.save_pretrained(draft)
             (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n")
@@ -210,13 +210,13 @@ def unchanged(model: Any, plan: Plan) -> None:
             raise Refused(f"the gate on {path}", "the plan has another one or none", "put the gates of the plan back, or " + _SAVE_AGAIN)
     if edits(model) != plan.edits:
         raise Refused("the edits of the model", "the plan has others", _SAVE_AGAIN)
-    for key, sha in plan.tensors.items():
-        if key not in state or digest(state[key]) != sha:
+    for key, seal in plan.tensors.items():
+        if key not in state or Stored.of(state[key]).seal() != seal:
             raise Refused(f"tensor {key}", "it is not what the plan's sha256 says, in value or dtype", _SAVE_AGAIN)
     known = {*plan.tensors, *(f"{path}.weight" for path in plan.layers)}
-    stored = {state[key].data_ptr() for key in known if key in state}
+    owned = {state[key].data_ptr() for key in known if key in state}
     for key in sorted(set(state) - known):
-        if plan.tensors and state[key].data_ptr() not in stored:
+        if plan.tensors and state[key].data_ptr() not in owned:
             raise Refused(f"tensor {key}", "the plan does not know it", _SAVE_AGAIN)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from rarefy.core.discover import methods
 from rarefy.core.errors import BadFile, BadInput
 from rarefy.core.roles import Gate
+from rarefy.hub.tensors import digest
 from rarefy.layouts import LAYOUTS
 from rarefy.surgery.narrow import Narrow
 
@@ -56,7 +57,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a folder differs in from its config: {path: packed layer}, edits in order, {path: gate}, {key of another tensor: sha256}."""
+    """What a folder differs in from its config: {path: packed layer}, edits in order, {path: gate}, {key of another tensor: its seal}."""
 
     layers: Mapping[str, Layer] = field(default_factory=dict)
     edits: tuple[Narrow, ...] = ()
@@ -81,12 +82,6 @@ def edit_dict(edit: Narrow) -> dict[str, Any]:
 
 def gate_dict(gate: Gate) -> dict[str, Any]:
     return {"gate": type(gate).name, "settings": gate.settings()}
-
-
-def digest(tensor: Tensor) -> str:
-    """sha256 of a tensor's bytes in memory order."""
-    raw = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256((raw if raw.dtype == torch.uint8 else raw.view(torch.uint8)).numpy().data).hexdigest()
 
 
 def _digest_of(body: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from rarefy.core.attach import PREFIX, attach_gate, gated
 from rarefy.core.errors import BadFile, BadInput
 from rarefy.hub.packed import matrix, packed_kind, replace, unchanged
 from rarefy.hub.plan import METHOD, Layer, Plan, parse
-from rarefy.hub.tensors import check_folder, hashes
+from rarefy.hub.tensors import Stored, check_folder, headers, stored
 from rarefy.surgery.narrow import replay
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -65,6 +65,7 @@ class RarefyQuantizer(HfQuantizer):
             replace(model, path, kind(layer, packed, module.bias))
         for path, gate in plan.gates.items():
             attach_gate(model, path, copy.deepcopy(gate))
+        _check_shapes(model, files)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         plan = self._plan()
@@ -129,12 +130,22 @@ def _check_folders(where: str, files: Sequence[Path]) -> None:
 def _check_tensors(plan: Plan, files: Sequence[Path]) -> None:
     if not plan.tensors or not files:
         return
-    planned = {**plan.tensors, **{f"{path}.weight": layer.sha256 for path, layer in plan.layers.items()}}
-    found = hashes(files)
+    found = stored(files)
+    packed = {f"{path}.weight": Stored("U8", (layer.bytes,), layer.sha256).seal() for path, layer in plan.layers.items()}
+    planned = {**plan.tensors, **packed}
     for key in sorted({*planned, *found}):
         if key not in found or key not in planned:
+            here, there = ("the files", "the plan") if key in found else ("the plan", "the files")
+            raise BadFile(f"tensor {key[:80]}", f"it is in {here} and not in {there}", "write the folder again")
+        if found[key].seal() != planned[key]:
             raise BadFile(
-                f"tensor {key[:80]}", f"it is in {'the files' if key in found else 'the plan'} and not in {'the plan' if key in found else 'the files'}", "write the folder again"
+                f"{'packed tensor' if key in packed else 'tensor'} {key}", "its sha256, dtype or shape is not the plan's", "the file is damaged; download or write it again"
             )
-        if found[key] != planned[key]:
-            raise BadFile(f"{'packed tensor' if key not in plan.tensors else 'tensor'} {key}", "its sha256 is not the plan's", "the file is damaged; download or write it again")
+
+
+def _check_shapes(model: nn.Module, files: Sequence[Path]) -> None:
+    """Name the tensor that does not fit the edited skeleton; transformers would, in many lines."""
+    state = model.state_dict()
+    for key, tensor in headers(files).items():
+        if key in state and tuple(state[key].shape) != tensor.shape:
+            raise BadFile(f"tensor {key} of shape {list(tensor.shape)}", f"config and plan build {list(state[key].shape)} there", "write the folder again")

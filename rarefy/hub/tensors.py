@@ -5,14 +5,56 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from rarefy.core.errors import BadFile
 
 INDEX = "model.safetensors.index.json"
 _AGAIN = "download or write it again"
 _LONGEST = 100_000_000  # bytes of a header, as safetensors has it
+
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: safetensors' name of its dtype, its shape, sha256 of its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+    @staticmethod
+    def of(tensor: Tensor) -> Stored:
+        """What a live tensor would be stored as."""
+        return Stored(_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), digest(tensor))
+
+    def seal(self) -> str:
+        """One sha256 of dtype, shape and bytes: of the text ``F32 16,27 <sha256 of the bytes>``."""
+        return hashlib.sha256(f"{self.dtype} {','.join(map(str, self.shape))} {self.sha256}".encode()).hexdigest()
+
+
+def digest(tensor: Tensor) -> str:
+    """sha256 of a tensor's bytes in row order."""
+    raw = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256((raw if raw.dtype == torch.uint8 else raw.view(torch.uint8)).numpy().data).hexdigest()
 
 
 def read_json(text: bytes, name: str) -> Any:
@@ -33,45 +75,57 @@ def _once(pairs: list[tuple[str, Any]], name: str) -> dict[str, Any]:
     return found
 
 
-def hashes(files: Iterable[Path]) -> dict[str, str]:
-    """{tensor: sha256 of its bytes} over safetensors files.
+def stored(files: Iterable[Path]) -> dict[str, Stored]:
+    """{name: tensor} over safetensors files, every byte read.
 
     Raises:
         BadFile: a file is truncated or no safetensors file, or a name occurs twice.
     """
-    found: dict[str, str] = {}
+    return _over(files, read=True)
+
+
+def headers(files: Iterable[Path]) -> dict[str, Stored]:
+    """As `stored`, with the checksums left empty: only the headers are read."""
+    return _over(files, read=False)
+
+
+def _over(files: Iterable[Path], read: bool) -> dict[str, Stored]:
+    found: dict[str, Stored] = {}
     for file in sorted(files):
-        for name, sha in _file(file).items():
+        for name, tensor in _file(file, read).items():
             if name in found:
                 raise BadFile(file.name, f"it holds the tensor {name[:80]!r}, which another file holds too", _AGAIN)
-            found[name] = sha
+            found[name] = tensor
     return found
 
 
-def _file(file: Path) -> dict[str, str]:
+def _file(file: Path, read: bool) -> dict[str, Stored]:
     size = file.stat().st_size
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         if size < 8 or not 2 <= length <= min(size - 8, _LONGEST):
             raise BadFile(file.name, "it is truncated or no safetensors file", _AGAIN)
         header = read_json(handle.read(length), file.name)
+        if not isinstance(header, dict):
+            raise BadFile(file.name, "its header names no tensors", _AGAIN)
         found = {}
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            begin, end = _offsets(entry, name, file)
+            dtype, shape, begin, end = _entry(entry, name, file)
             if not 0 <= begin <= end <= size - 8 - length:
                 raise BadFile(file.name, f"tensor {name[:80]!r} lies outside of it, so it is truncated or tampered with", _AGAIN)
             handle.seek(8 + length + begin)
-            found[name] = _sha(handle, end - begin)
+            found[name] = Stored(dtype, shape, _sha(handle, end - begin) if read else "")
     return found
 
 
-def _offsets(entry: Any, name: str, file: Path) -> tuple[int, int]:
-    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
-        raise BadFile(file.name, f"tensor {name[:80]!r} has no data_offsets", _AGAIN)
-    return offsets[0], offsets[1]
+def _entry(entry: Any, name: str, file: Path) -> tuple[str, tuple[int, ...], int, int]:
+    dtype, shape, offsets = (entry.get(k) if isinstance(entry, dict) else None for k in ("dtype", "shape", "data_offsets"))
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in [*shape, *offsets])
+    if not lists or not isinstance(dtype, str):
+        raise BadFile(file.name, f"tensor {name[:80]!r} has no dtype, shape and data_offsets", _AGAIN)
+    return dtype, tuple(shape or ()), offsets[0], offsets[1]  # type: ignore[index]
 
 
 def _sha(handle: Any, count: int) -> str:
