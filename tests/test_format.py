@@ -16,9 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from rarefy.core.errors import BadFile
+from rarefy.activations.attach import attach_gates
+from rarefy.activations.gates.topk import TopK
+from rarefy.core.attach import detach_gates
+from rarefy.core.errors import BadFile, BadInput
 from rarefy.hub.load import load
-from rarefy.hub.packed import PackedLinear, dequantize, save_packed
+from rarefy.hub.packed import PackedConv1D, PackedLinear, dequantize, save_packed
 from rarefy.layouts import bitmask
 
 transformers = pytest.importorskip("transformers")
@@ -67,6 +70,63 @@ def test_reload_is_exact_and_the_model_is_left_alone(tmp_path: Path, dtype: torc
     dequantize(again)
     again.save_pretrained(tmp_path / "dense")
     assert torch.equal(logits(load(tmp_path / "dense").model), before)
+
+
+def test_gpt2_conv1d_is_packed_and_exact(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=61, n_positions=16, n_embd=16, n_layer=1, n_head=2, initializer_range=0.3)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    attach_gates(model, TopK(0.5), ["*.mlp.c_proj"])
+    with torch.no_grad():
+        for conv in (model.transformer.h[0].mlp.c_fc, model.transformer.h[0].attn.c_attn):
+            conv.weight[torch.rand(conv.weight.shape) < 0.6] = 0
+            conv.bias.normal_()
+    before = logits(model)
+    record = save_packed(model, None, tmp_path / "out")
+    assert record["packed"] == 3 and torch.equal(logits(model), before)
+    again = load(tmp_path / "out").model
+    assert isinstance(again.transformer.h[0].mlp.c_fc, PackedConv1D) and torch.equal(logits(again), before)
+    assert list(again.transformer.h[0].mlp.c_fc.dense().shape) == [64, 16]
+    detach_gates(again)
+    dequantize(again).save_pretrained(tmp_path / "dense")
+    detach_gates(model)
+    assert torch.equal(logits(load(tmp_path / "dense").model), logits(model))
+    done = run(f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r}); print('loaded')")
+    assert done.returncode != 0 and "loaded" not in done.stdout
+
+
+def test_shards_and_saving_again_give_the_same_bytes(tmp_path: Path) -> None:
+    model = llama(tied=False)
+    save_packed(model, None, tmp_path / "out", max_shard_size="3KB")
+    files = sorted(f.name for f in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2
+    again = load(tmp_path / "out").model
+    assert torch.equal(logits(again), logits(model))
+    again.save_pretrained(tmp_path / "again", max_shard_size="3KB")
+    for name in [*files, "config.json", "model.safetensors.index.json"]:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+    (tmp_path / "out" / files[1]).unlink()
+    with pytest.raises(BadFile):
+        load(tmp_path / "out")
+
+
+def test_a_packed_model_is_not_packed_again_and_a_gguf_config_is_forgotten(tmp_path: Path) -> None:
+    model = llama()
+    model.config.quantization_config = transformers.utils.quantization_config.QuantizationConfigMixin("gguf")
+    model.hf_quantizer = object()
+    save_packed(model, None, tmp_path / "out")
+    again = load(tmp_path / "out").model
+    assert torch.equal(logits(again), logits(llama()))
+    with pytest.raises(BadInput, match="dequantize"):
+        save_packed(again, None, tmp_path / "again")
+
+
+def test_a_shared_tensor_stays_dense_and_the_record_says_so(tmp_path: Path) -> None:
+    model = llama()
+    mlp = model.model.layers[0].mlp
+    mlp.gate_proj.weight = mlp.up_proj.weight
+    record = save_packed(model, None, tmp_path / "out")
+    assert {s["name"].split(".")[-2]: s["dense_because"] for s in record["sites"]}["gate_proj"] == "its tensor is shared"
 
 
 def test_golden_folder_loads() -> None:

@@ -441,3 +441,50 @@ def test_golden_gated_folder_loads() -> None:
     assert isinstance(model.get_submodule(DOWN), Packed) and list(gated(model)) == [DOWN]
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
     assert IDS.shape == expected.shape[:2]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from tests.test_cli_schema import model_folder
+
+    return model_folder(tmp_path_factory.mktemp("gates") / "tiny")
+
+
+def test_a_user_reaches_gates_from_the_command_line(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rarefy.cli.main import main
+
+    text = ["--calibration", f"{tiny}/text.txt", "--calibration-tokens", "512"]
+    command = ["pack", tiny, "--gate", "threshold:density=0.25", "--gate-at", "*.mlp.*_proj", *text, "--json"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [g["name"].rpartition(".")[2] for g in record["gates"]] == ["gate_proj", "up_proj", "down_proj"]
+    assert all(g["settings"]["threshold"] > 0 and g["density"] == pytest.approx(0.25, abs=1e-3) for g in record["gates"])
+    model = load(tmp_path / "out").model
+    assert [g.settings() for g in gated(model).values()] == [g["settings"] for g in record["gates"]]
+    assert main(["eval", str(tmp_path / "out"), "--text", f"{tiny}/text.txt", "--tokens", "1024"]) == 0
+    assert main([*command, "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("gate", "words"),
+    [
+        ("sieve", "known are threshold, topk"),
+        ("topk:k=3", "has the fields density"),
+        ("topk:density=2", "density 2"),
+        ("threshold:threshold=-1", "finite float32"),
+        ("topk:density=half", "numbers"),
+    ],
+)
+def test_a_wrong_gate_is_exit_2_and_one_line(tiny: str, tmp_path: Path, gate: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from rarefy.cli.main import main
+
+    assert main(["pack", tiny, "--gate", gate, "--gate-at", "*.mlp.down_proj", "--out", str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr().err
+    assert words in shown and shown.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_gate_without_a_place_is_refused(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rarefy.cli.main import main
+
+    assert main(["pack", tiny, "--gate", "topk", "--out", str(tmp_path / "out")]) == 2 and "--gate-at" in capsys.readouterr().err
