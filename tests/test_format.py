@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from rarefy.activations.attach import attach_gates
 from rarefy.activations.gates.topk import TopK
 from rarefy.core.attach import detach_gates
-from rarefy.core.errors import BadFile, BadInput
+from rarefy.core.errors import BadFile, BadInput, Refused
 from rarefy.hub.load import load
 from rarefy.hub.packed import PackedConv1D, PackedLinear, dequantize, save_packed
 from rarefy.layouts import bitmask
@@ -121,12 +121,13 @@ def test_a_packed_model_is_not_packed_again_and_a_gguf_config_is_forgotten(tmp_p
         save_packed(again, None, tmp_path / "again")
 
 
-def test_a_shared_tensor_stays_dense_and_the_record_says_so(tmp_path: Path) -> None:
+def test_an_undeclared_tie_is_refused(tmp_path: Path) -> None:
     model = llama()
     mlp = model.model.layers[0].mlp
     mlp.gate_proj.weight = mlp.up_proj.weight
-    record = save_packed(model, None, tmp_path / "out")
-    assert {s["name"].split(".")[-2]: s["dense_because"] for s in record["sites"]}["gate_proj"] == "its tensor is shared"
+    with pytest.raises(Refused, match="tied"):
+        save_packed(model, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not hasattr(model.config, "quantization_config")
 
 
 def test_golden_folder_loads() -> None:

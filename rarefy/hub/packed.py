@@ -17,7 +17,7 @@ from rarefy.core.errors import BadInput, MissingExtra, Refused
 from rarefy.hub.atomic import atomic_folder
 from rarefy.hub.export import plain_config
 from rarefy.hub.plan import DTYPES, Layer, Plan, edit_dict, gate_dict
-from rarefy.hub.tensors import Stored, digest, stored
+from rarefy.hub.tensors import INDEX, Stored, digest, read_json, stored
 from rarefy.layouts import LAYOUTS, flat
 from rarefy.surgery.narrow import edits, replay, widen
 from rarefy.weights.sites import find_sites
@@ -139,7 +139,7 @@ def save_packed(model: Any, tokenizer: Any, out: str | Path, layout: str = "bitm
     }
     try:
         with atomic_folder(Path(out), force=force) as draft:
-            model.save_pretrained(draft, state_dict={**model.state_dict(), **packed}, max_shard_size=max_shard_size)
+            _write(model, draft, packed, max_shard_size)
             if tokenizer is not None:
                 tokenizer.save_pretrained(draft)
             if layers or plan.edits:
@@ -151,6 +151,22 @@ def save_packed(model: Any, tokenizer: Any, out: str | Path, layout: str = "bitm
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     return record
+
+
+def _write(model: Any, draft: Path, packed: dict[str, Tensor], max_shard_size: str | int) -> None:
+    """Files as transformers writes them when the reloaded model is saved again: keys sorted, packed bytes counted as parameters."""
+    state = model.state_dict()
+    try:
+        model.save_pretrained(draft, state_dict=dict(sorted({**state, **packed}.items())), max_shard_size=max_shard_size)
+    except RuntimeError as error:
+        if "shared tensors" not in str(error):
+            raise
+        raise Refused("two names of one tensor", "the model does not declare that they are tied, so they would not be tied again", "clone one of them") from error
+    index = draft / INDEX
+    if index.is_file():
+        content = read_json(index.read_bytes(), INDEX)
+        content["metadata"]["total_parameters"] += sum(data.numel() - state[key].numel() for key, data in packed.items())
+        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, Any]]:
