@@ -72,10 +72,14 @@ def test_reload_is_exact_and_the_model_is_left_alone(tmp_path: Path, dtype: torc
     assert torch.equal(logits(load(tmp_path / "dense").model), before)
 
 
-def test_gpt2_conv1d_is_packed_and_exact(tmp_path: Path) -> None:
+def gpt2() -> Any:
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=61, n_positions=16, n_embd=16, n_layer=1, n_head=2, initializer_range=0.3)
-    model = transformers.GPT2LMHeadModel(config).eval()
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def test_gpt2_conv1d_is_packed_and_exact(tmp_path: Path) -> None:
+    model = gpt2()
     attach_gates(model, TopK(0.5), ["*.mlp.c_proj"])
     with torch.no_grad():
         for conv in (model.transformer.h[0].mlp.c_fc, model.transformer.h[0].attn.c_attn):
@@ -91,8 +95,6 @@ def test_gpt2_conv1d_is_packed_and_exact(tmp_path: Path) -> None:
     dequantize(again).save_pretrained(tmp_path / "dense")
     detach_gates(model)
     assert torch.equal(logits(load(tmp_path / "dense").model), logits(model))
-    done = run(f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r}); print('loaded')")
-    assert done.returncode != 0 and "loaded" not in done.stdout
 
 
 def test_shards_and_saving_again_give_the_same_bytes(tmp_path: Path) -> None:
@@ -137,11 +139,6 @@ def test_golden_folder_loads() -> None:
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-
-
-def test_transformers_alone_raises() -> None:
-    done = run(f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(GOLDEN / 'model')!r}); print('loaded')")
-    assert done.returncode != 0 and "loaded" not in done.stdout and "size" in done.stderr
 
 
 def test_import_rarefy_is_lazy_and_enough() -> None:

@@ -23,6 +23,7 @@ from rarefy.core.attach import attach_gate, attach_view, detach, detach_gates, e
 from rarefy.core.discover import methods
 from rarefy.core.errors import BadFile, BadInput, Refused
 from rarefy.core.roles import Gate, View
+from rarefy.surgery.narrow import narrow
 
 DOWN = "model.layers.0.mlp.down_proj"
 
@@ -200,9 +201,10 @@ def test_training_resumes_through_a_gate() -> None:
 
 
 transformers = pytest.importorskip("transformers")
+from rarefy.hub.export import save_dense  # noqa: E402
 from rarefy.hub.load import load  # noqa: E402
 from rarefy.hub.packed import Packed, dequantize, save_packed  # noqa: E402
-from tests.test_format import HOSTILE, IDS, llama, logits, plan  # noqa: E402
+from tests.test_format import HOSTILE, IDS, gpt2, llama, logits, plan  # noqa: E402
 
 GATE_GOLDEN = Path(__file__).parent / "golden" / "gates-v1"
 BATCHES = [{"input_ids": torch.arange(60).view(2, 30), "attention_mask": torch.ones(2, 30, dtype=torch.long)}]
@@ -230,19 +232,35 @@ def test_a_gated_folder_reloads_bit_for_bit(tmp_path: Path, gate: Gate, dtype: t
     assert torch.equal(logits(load(tmp_path / "again").model), before)
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+ALONE = """
+import sys, transformers
+for folder in sys.argv[1:]:
+    try:
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+    except Exception as error:
+        print("raised", type(error).__name__, "weight" in str(error) or "size" in str(error))
+    else:
+        print("loaded", folder)
+"""
 
 
-def test_a_gate_only_folder_raises_without_rarefy(tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    model = transformers.LlamaForCausalLM(llama().config).eval()
-    attach_gates(model, TopK(0.5), ["*.mlp.down_proj"])
-    record = save_packed(model, None, tmp_path / "out")
+def test_transformers_without_rarefy_raises_on_every_kind_of_folder(tmp_path: Path) -> None:
+    golden = [Path(__file__).parent / "golden" / name / "model" for name in ("v1", "gates-v1", "narrow-v1")]
+    dense = transformers.LlamaForCausalLM(llama().config).eval()
+    attach_gates(dense, TopK(0.5), ["*.mlp.down_proj"])
+    record = save_packed(dense, None, tmp_path / "gate-only")
     assert record["packed"] == 1 and {s["layout"] for s in record["sites"]} == {None, "flat"}
-    assert torch.equal(logits(load(tmp_path / "out").model), logits(model))
-    done = run(f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r}); print('loaded')")
-    assert done.returncode != 0 and "loaded" not in done.stdout and "down_proj.weight" in done.stderr
+    assert torch.equal(logits(load(tmp_path / "gate-only").model), logits(dense))
+    conv = gpt2()
+    attach_gates(conv, TopK(0.5), ["*.mlp.c_proj"])
+    save_packed(conv, None, tmp_path / "conv")
+    narrowed = transformers.LlamaForCausalLM(llama().config).eval()
+    assert save_packed(narrow(narrowed, {"model.layers.0.mlp": [1, 2, 3]}), None, tmp_path / "narrow-only")["packed"] == 0
+    llama().save_pretrained(tmp_path / "plain")
+    folders = [str(f) for f in (*golden, tmp_path / "gate-only", tmp_path / "conv", tmp_path / "narrow-only", tmp_path / "plain")]
+    done = subprocess.run([sys.executable, "-c", ALONE, *folders], capture_output=True, text=True, check=True)
+    *packed, plain = done.stdout.strip().splitlines()
+    assert packed == ["raised RuntimeError True"] * 6 and plain == f"loaded {folders[-1]}"
 
 
 def test_the_threshold_is_the_plans_in_the_dtype_that_was_asked(tmp_path: Path) -> None:
@@ -294,6 +312,14 @@ def test_save_refuses_a_model_that_differs_from_its_plan(tmp_path: Path, case: s
     with pytest.raises(Refused, match=words):
         model.save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again" / "model.safetensors").exists()
+
+
+def test_a_plain_folder_of_a_gated_or_narrow_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="would run dense"):
+        save_dense(gated_llama(TopK(0.5)), None, tmp_path / "gated")
+    with pytest.raises(Refused, match="narrow"):
+        save_dense(narrow(llama(), {"model.layers.0.mlp": [0, 1]}), None, tmp_path / "narrow")
+    assert not list(tmp_path.iterdir())
 
 
 def test_dequantize_refuses_gates_until_they_are_off(tmp_path: Path) -> None:
@@ -394,6 +420,8 @@ GATE_HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "traversal in a name": (lambda f: seal(f, lambda q: q["layers"].update({"../../etc/passwd": q["layers"][DOWN]})), "letters, digits"),
     "traversal in the index": (traverse, "'../elsewhere.safetensors', which is not a safetensors file of this folder"),
     "key twice": (twice, "'vocab_size' twice"),
+    "no tensors": (lambda f: seal(f, lambda q: q["tensors"].clear()), "a sha256 of every tensor"),
+    "tensor left out": (lambda f: seal(f, lambda q: q["tensors"].pop("model.norm.weight")), "in the files and not in the plan"),
     "unknown field": (lambda f: seal(f, lambda q: q.update(hook="x")), "'hook'"),
     "list of gates": (lambda f: seal(f, lambda q: q.update(gates=[])), "gates must be a mapping"),
     "huge shape": (lambda f: seal(f, lambda q: q["layers"][DOWN].update(shape=[2**30, 2**30])), f"bytes|shape [{2**30}, {2**30}]"),

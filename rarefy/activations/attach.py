@@ -20,6 +20,8 @@ ROWS = 2048  # calibration rows kept per module
 def attach_gates(model: nn.Module, gate: Gate, at: Sequence[str], batches: Iterable[Mapping[str, Tensor]] = ()) -> dict[str, float | None]:
     """Put a copy of `gate` on the input of every Linear (or Conv1D) that a glob of `at` matches.
 
+    Save with `rarefy.hub.packed.save_packed`: a plain folder cannot hold a gate.
+
     With batches, each copy is calibrated on at most 2,048 rows [R, C] of what its module saw in the model without gates.
 
     Args:

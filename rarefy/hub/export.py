@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rarefy.core.attach import gated
+from rarefy.core.errors import Refused
 from rarefy.hub.atomic import atomic_folder
+from rarefy.surgery.narrow import edits
 
 RECORD = "prune.json"
 TIMINGS = "timings.json"
@@ -26,8 +29,12 @@ def save_dense(model: Any, tokenizer: Any, out: str | Path, *, force: bool = Fal
         The folder.
 
     Raises:
-        Refused: the folder exists and is not empty, cannot be written, or the disk is full; nothing is left behind.
+        Refused: the model has gates or narrow layers; the folder exists and is not empty, cannot be written, or the disk is full; nothing is left behind.
     """
+    for path in gated(model):
+        raise Refused(f"the gate on {path}", "a plain folder cannot express it, and would run dense", "save it with rarefy.hub.packed.save_packed")
+    for edit in edits(model):
+        raise Refused(f"narrow layers {', '.join(edit.rows)}", "a plain config cannot express them", "save them with rarefy.hub.packed.save_packed")
     target = Path(out)
     with atomic_folder(target, force=force) as draft:
         plain_config(model)

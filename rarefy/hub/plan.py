@@ -127,6 +127,8 @@ def _check_own(plan: Plan, fields: Mapping[str, Any]) -> None:
         raise BadFile("the plan in config.json", "it holds no sha256 of itself", _AGAIN)
     if not bare and fields["sha256"] != _digest_of({"edits": [], "gates": {}, "tensors": {}, "layers": {}, **{k: v for k, v in fields.items() if k != "sha256"}}):
         raise BadFile("the plan in config.json", "its sha256 is not that of its own fields", "the file was damaged or edited; write it again")
+    if (plan.edits or plan.gates) and not plan.tensors:
+        raise BadFile("the plan in config.json", "with edits or gates it lists a sha256 of every tensor", _AGAIN)
     for path in plan.gates:
         if path not in plan.layers:
             raise BadFile(f"the gate on {path}", "a gated layer is stored packed, so that nobody runs it dense", _AGAIN)
