@@ -167,6 +167,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Any]] = {
     "negative": (lambda: narrow(llama(1), {MLP: [-1]}), "below 27"),
     "view": (viewed_llama, "under a view"),
     "tied": (tied_mlp, "shares its tensor"),
+    "twice in one call": (lambda: narrow(llama(1), {MLP: [0], "again": [1]}, coupled={"again": ([f"{MLP}.gate_proj"], [f"{MLP}.down_proj"])}), "same matrices"),
     "widths": (lambda: narrow(llama(1), {MLP: [0]}, coupled={MLP: ([f"{MLP}.up_proj"], ["lm_head"])}), "share one"),
 }
 

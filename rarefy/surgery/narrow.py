@@ -39,7 +39,7 @@ def narrow(model: nn.Module, units: Mapping[str, Sequence[int] | Tensor], *, cou
             taken at its word.
 
     Returns:
-        The model; `edits` lists what was done, and `rarefy.hub.packed.save_packed` writes it into the plan.
+        The model, whose narrowed parameters are new ones (make the optimizer afterwards); `edits` lists what was done, and `rarefy.hub.packed.save_packed` writes it into the plan.
 
     Raises:
         BadInput: no such MLP; indices that repeat, lie outside or leave nothing.
@@ -53,11 +53,13 @@ def narrow(model: nn.Module, units: Mapping[str, Sequence[int] | Tensor], *, cou
       (2): Linear(in_features=3, out_features=2, bias=True)
     )
     """
-    planned = []
+    planned: list[tuple[Narrow, Tensor]] = []
     for path, kept in units.items():
         rows, columns = coupled[path] if coupled is not None and path in coupled else _find(model, path)
-        width = _width(model, rows, columns)
-        planned.append((Narrow(tuple(rows), tuple(columns), width, len(kept)), _index(path, kept, width)))
+        index = _index(path, kept, width := _width(model, rows, columns))
+        if any(set(rows) & set(edit.rows) or set(columns) & set(edit.columns) for edit, _ in planned):
+            raise Refused(f"the units of {path!r}", "another path names the same matrices", "narrow them one after the other")
+        planned.append((Narrow(tuple(rows), tuple(columns), width, index.numel()), index))
     for edit, index in planned:
         _apply(model, edit, index)
     return model
