@@ -112,15 +112,25 @@ def test_shards_and_saving_again_give_the_same_bytes(tmp_path: Path) -> None:
         load(tmp_path / "out")
 
 
-def test_a_packed_model_is_not_packed_again_and_a_gguf_config_is_forgotten(tmp_path: Path) -> None:
-    model = llama()
-    model.config.quantization_config = transformers.utils.quantization_config.QuantizationConfigMixin("gguf")
-    model.hf_quantizer = object()
-    save_packed(model, None, tmp_path / "out")
+def test_a_model_read_from_gguf_is_packed_as_the_plain_tensors_it_is(tmp_path: Path) -> None:
+    from tests.test_hub_load import write_gguf
+
+    write_gguf(tmp_path / "tiny.gguf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32).eval()
+    proj = model.model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        proj.weight[torch.rand(proj.weight.shape) < 0.6] = 0
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    before = model(ids).logits
+    assert save_packed(model, None, tmp_path / "out")["packed"] == 1
     again = load(tmp_path / "out").model
-    assert torch.equal(logits(again), logits(llama()))
+    assert torch.equal(again(ids).logits, before) and again.config.quantization_config.quant_method == "rarefy"
+
+
+def test_a_packed_model_is_not_packed_again(tmp_path: Path) -> None:
+    save_packed(llama(), None, tmp_path / "out")
     with pytest.raises(BadInput, match="dequantize"):
-        save_packed(again, None, tmp_path / "again")
+        save_packed(load(tmp_path / "out").model, None, tmp_path / "again")
 
 
 def test_an_undeclared_tie_is_refused(tmp_path: Path) -> None:
