@@ -19,7 +19,7 @@ from rarefy.hub.cache import cached_folder
 jsonschema = pytest.importorskip("jsonschema")
 transformers = pytest.importorskip("transformers")
 SCHEMAS = Path(__file__).parent.parent / "docs" / "schema"
-VERBS = ("prune", "eval", "generate", "compare", "optimize", "catalogue", "train", "methods", "cache", "report")
+VERBS = ("prune", "pack", "eval", "generate", "compare", "optimize", "catalogue", "train", "methods", "cache", "report")
 
 
 def model_folder(folder: Path) -> str:
@@ -48,6 +48,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
     calibration, text = ["--calibration", f"{tiny}/text.txt", "--calibration-tokens", "512"], ["--text", f"{tiny}/text.txt", "--tokens", "1024"]
     commands = {
         "prune": [tiny, "--out", str(folder / "half"), *calibration],
+        "pack": [tiny, "--out", str(folder / "packed"), "--gate", "threshold:density=0.5", "--gate-at", "*.mlp.down_proj", *calibration],
         "eval": [tiny, *text],
         "generate": [tiny, "--prompt", "sparse", "--tokens", "3", "--runs", "1"],
         "compare": [tiny, "--recipes", "magnitude", "--patterns", "default,2:4", *calibration, *text],

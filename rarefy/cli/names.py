@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 from typing import Any, TypeVar
 
 from rarefy.core.discover import methods, pick, recipes
@@ -27,7 +28,7 @@ def part(role: type[T], text: str) -> T:
     """
     name, _, options = text.partition(":")
     kind: Any = pick(methods(role), name, role.__name__.lower())
-    fields = {f.name for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+    fields = set(inspect.signature(kind).parameters)
     given = dict(option.partition("=")[::2] for option in options.split(",") if option)
     unknown = sorted(set(given) - fields)
     if unknown:

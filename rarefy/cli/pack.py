@@ -7,14 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from rarefy.cli.arguments import Device, Force, Json, Model, Out
+from rarefy.activations.attach import attach_gates
+from rarefy.cli import names
+from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed
 from rarefy.cli.loading import load
 from rarefy.cli.main import app
-from rarefy.cli.output import line, megabytes, show
+from rarefy.cli.output import line, megabytes, show, text
+from rarefy.cli.prune import need_tokenizer
+from rarefy.core.errors import BadInput
+from rarefy.core.roles import Gate
 from rarefy.hub.atomic import check_target
 from rarefy.hub.packed import save_packed
+from rarefy.hub.text import calibration_batches
 
-EPILOG = "Example:  rarefy pack half --layout bitmask --out half-packed"
+EPILOG = "Examples:  rarefy pack half --out half-packed   ·   rarefy pack half --gate threshold:density=0.5 --gate-at '*.mlp.down_proj' --out gated"
 
 
 @app.command(epilog=EPILOG)
@@ -22,16 +28,38 @@ def pack(
     model: Model,
     out: Out,
     layout: Annotated[str, typer.Option(help="How the sparse matrices are stored.")] = "bitmask",
+    gate: Annotated[str | None, typer.Option(help="Zero small activations in every forward: topk:density=0.5 or threshold:density=0.5.")] = None,
+    gate_at: Annotated[list[str] | None, typer.Option(help="Gate the inputs of the modules that match this glob; may be repeated.")] = None,
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = 8192,
+    seed: Seed = 0,
     device: Device = "cpu",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Store a pruned model without its zeros; `import rarefy` and from_pretrained load it again."""
+    """Store a pruned model without its zeros, gates included; `import rarefy` and from_pretrained load it again."""
     check_target(Path(out), force=force)
+    if (gate is None) != (not gate_at):
+        raise BadInput("--gate and --gate-at", "one says which gate, the other where", "pass both, for example --gate topk:density=0.5 --gate-at '*.mlp.down_proj'")
+    chosen = None if gate is None else _gate(gate)
     loaded = load(model, device=device)
+    kept: dict[str, float | None] = {}
+    if chosen is not None:
+        batches = calibration_batches(need_tokenizer(loaded), calibration_tokens, seed=seed, path=calibration)
+        kept = attach_gates(loaded.model, chosen, gate_at or (), batches)
     record = save_packed(loaded.model, loaded.tokenizer, out, layout, force=force)
-    show({**record, "model": model, "out": out}, as_json, _draw)
+    gates = [{**entry, "density": kept[entry["name"]]} for entry in record["gates"]]
+    show({**record, "gates": gates, "model": model, "out": out}, as_json, _draw)
+
+
+def _gate(text: str) -> Gate:
+    try:
+        return names.part(Gate, text)
+    except TypeError as error:
+        raise BadInput(f"gate {text!r}", "a gate's settings are numbers", "pass for example topk:density=0.5") from error
 
 
 def _draw(r: dict[str, Any]) -> None:
     line(f"{r['packed']} of {len(r['sites'])} matrices packed: {megabytes(r['bytes_dense'])} became {megabytes(r['bytes_stored'])}; written to {r['out']}")
+    for gate in r["gates"]:
+        line(f"gate {gate['gate']} on {gate['name']}: {text(gate['density'])} of its calibration activations stay")

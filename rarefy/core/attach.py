@@ -1,4 +1,8 @@
-"""Views on weights: a class swap with `op` for exact Linear, Conv and Embedding, a forward-scoped shadow otherwise."""
+"""Views on weights and gates on activations: the host's class is swapped, its state-dict keys stay.
+
+A view takes the host's `op` for exact Linear, Conv and Embedding, a forward-scoped shadow otherwise; a gate sees the
+first positional argument of the host's forward.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rarefy.core.errors import BadInput, Refused
-from rarefy.core.roles import View
+from rarefy.core.roles import Gate, View
 
 Map = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-_PREFIX = "rarefy_"
+PREFIX = "rarefy_"
+_GATE = "rarefy_input"
 
 
 def _linear(host: Any) -> Map:
@@ -34,6 +39,9 @@ _MAPS: dict[type[nn.Module], Callable[[Any], Map]] = {nn.Linear: _linear, nn.Emb
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     base, held = type(self)._rarefy_base, self.__dict__["_rarefy_held"]
+    gate = self._modules.get(_GATE)
+    if gate is not None:
+        args = (gate(args[0]), *args[1:])
     if base in _MAPS and list(held) == ["weight"]:
         (view,) = held["weight"]
         weight, bias, apply = self._parameters["weight"], self._parameters.get("bias"), _MAPS[base](self)
@@ -48,13 +56,26 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             object.__delattr__(self, param)
 
 
-def _host(module: Any, param: str, view: View) -> None:
+def _host(module: Any) -> dict[str, tuple[View]]:
+    """The views that a module holds, after its class is swapped for one that applies them and its gate."""
     cls = type(module)
     if not hasattr(cls, "_rarefy_base"):
         module.__dict__["_rarefy_held"] = {}
         module.__class__ = type(cls.__name__, (cls,), {"_rarefy_base": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "forward": _forward})
-    # A tuple in __dict__: not registered a second time on an alias's host, and deepcopy follows it.
-    module.__dict__["_rarefy_held"][param] = (view,)
+    held: dict[str, tuple[View]] = module.__dict__["_rarefy_held"]
+    return held
+
+
+def _release(module: Any) -> None:
+    if hasattr(type(module), "_rarefy_base") and not module.__dict__["_rarefy_held"] and _GATE not in module._modules:
+        del module.__dict__["_rarefy_held"]
+        module.__class__ = type(module)._rarefy_base
+
+
+def plain_type(module: nn.Module) -> type[nn.Module]:
+    """The class of a module as it is without views and gates."""
+    found: type[nn.Module] = getattr(type(module), "_rarefy_base", type(module))
+    return found
 
 
 def attach_view(model: nn.Module, key: str, view: View) -> None:
@@ -76,8 +97,9 @@ def attach_view(model: nn.Module, key: str, view: View) -> None:
     if any(p in m.__dict__.get("_rarefy_held", {}) for m, p in hosts):
         raise Refused(f"key {key!r}", "a tensor has one view", "detach the first one")
     for module, name in hosts:
-        _host(module, name, view)
-    owner.add_module(_PREFIX + param, view)
+        # A tuple in __dict__: not registered a second time on an alias's host, and deepcopy follows it.
+        _host(module)[name] = (view,)
+    owner.add_module(PREFIX + param, view)
 
 
 def viewed(model: nn.Module) -> dict[str, tuple[nn.Parameter, View]]:
@@ -85,8 +107,8 @@ def viewed(model: nn.Module) -> dict[str, tuple[nn.Parameter, View]]:
     found = {}
     for path, module in model.named_modules():
         for child, view in module._modules.items():
-            if child.startswith(_PREFIX) and isinstance(view, View):
-                param = child.removeprefix(_PREFIX)
+            if child.startswith(PREFIX) and isinstance(view, View):
+                param = child.removeprefix(PREFIX)
                 tensor = module._parameters[param]
                 assert tensor is not None
                 found[f"{path}.{param}" if path else param] = (tensor, view)
@@ -97,17 +119,57 @@ def detach(model: nn.Module) -> dict[str, View]:
     """Take every view off, leaving the raw weights: {key: view} to attach again. The classes are as before."""
     found = {key: view for key, (_, view) in viewed(model).items()}
     for module in list(model.modules()):
-        if module.__dict__.pop("_rarefy_held", None) is not None:
-            for child in [c for c, v in module._modules.items() if c.startswith(_PREFIX) and isinstance(v, View)]:
+        if "_rarefy_held" in module.__dict__:
+            for child in [c for c, v in module._modules.items() if c.startswith(PREFIX) and isinstance(v, View)]:
                 del module._modules[child]
-            host: Any = type(module)
-            module.__class__ = host._rarefy_base
+            module.__dict__["_rarefy_held"].clear()
+            _release(module)
+    return found
+
+
+def attach_gate(model: nn.Module, path: str, gate: Gate) -> None:
+    """Let the module at `path` see `gate(x)` where its forward was given `x`, its first positional argument.
+
+    The gate is the child `rarefy_input` of the module, so state-dict keys are only added. It belongs to the module, not
+    to the tensor: a module that shares its weight is not gated with it.
+
+    Raises:
+        BadInput: no such module.
+        Refused: it has a gate already.
+    """
+    module = dict(model.named_modules()).get(path)
+    if module is None:
+        raise BadInput(f"module {path!r}", "a gate is attached to a module of the model", "take a name from model.named_modules()")
+    if _GATE in module._modules:
+        raise Refused(f"module {path!r}", "an input has one gate", "detach the first one")
+    _host(module)
+    module.add_module(_GATE, gate)
+
+
+def gated(model: nn.Module) -> dict[str, Gate]:
+    """{path: gate} of every gate in the model."""
+    return {path: gate for path, module in model.named_modules() if isinstance(gate := module._modules.get(_GATE), Gate)}
+
+
+def detach_gates(model: nn.Module) -> dict[str, Gate]:
+    """Take every gate off: {path: gate} to attach again. The classes are as before."""
+    found = gated(model)
+    for path in found:
+        module = model.get_submodule(path)
+        del module._modules[_GATE]
+        _release(module)
     return found
 
 
 @contextmanager
 def exported(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the model is plain: its own classes and keys, exported values. Outside, training state is untouched, bit for bit."""
+    """Inside, the model is plain: its own classes and keys, exported values. Outside, training state is untouched, bit for bit.
+
+    Raises:
+        Refused: the model has gates, which a plain model cannot express.
+    """
+    for path in gated(model):
+        raise Refused(f"the gate on {path}", "a plain model cannot express it, and would run dense", "save it with rarefy.hub.packed.save_packed, or detach the gates first")
     found = viewed(model)
     raw = {key: tensor.detach().clone() for key, (tensor, _) in found.items()}
     values = {key: view.export(tensor).weight.clone() for key, (tensor, view) in found.items()}

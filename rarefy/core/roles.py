@@ -197,8 +197,27 @@ class Bank(nn.Module):
     experts: int
 
 
-class Gate(nn.Module):
-    """The same activations with exact zeros."""
+class Gate(nn.Module, Role):
+    """The same activations x [..., C] with exact zeros: x where `keep(x)`, 0 elsewhere, and so is the gradient. Without arguments a gate is open."""
+
+    @abstractmethod
+    def keep(self, x: Tensor) -> Tensor:
+        """Which entries stay: bool, the shape of `x`; NaN stays, so that it is seen."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, float]:
+        """The arguments that build this gate again; finite numbers."""
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether it stays open until `calibrate` saw rows."""
+        return False
+
+    def calibrate(self, rows: Tensor) -> None:
+        """Set what depends on the activations from rows [R, C]; most gates have nothing to set."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(self.keep(x), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 class Matrix(Protocol):

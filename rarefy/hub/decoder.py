@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from rarefy.core.attach import plain_type
 from rarefy.core.errors import BadInput, Refused
+from rarefy.hub.packed import PackedLinear
 from rarefy.kernels.dense import DenseMatrix
 from rarefy.runtime.decoder import Block, Decoder, KeyValues, Sizes
 
@@ -164,10 +166,13 @@ def _block(layer: Any, path: str) -> Block:
 def _matrix(module: Any, where: str) -> tuple[Any, Tensor | None]:
     if module._forward_hooks or module._forward_pre_hooks:
         raise BadInput(f"{where} has forward hooks", "the native decoder would not run them", "remove them, or run the model through transformers")
-    bias = None if module.bias is None else module.bias.detach()
+    if plain_type(module) is not type(module):
+        raise BadInput(f"{where} has a gate or a view", "the native decoder would not run it", "run the model through transformers")
+    held: Any = module.bias
+    bias = None if held is None else held.detach()
     if type(module) is nn.Linear:
         return DenseMatrix(module.weight), bias
-    matrix = getattr(module, "matrix", None)
-    if matrix is None:
+    if not isinstance(module, PackedLinear):
         raise BadInput(f"{where} is a {type(module).__name__}", "the native decoder computes plain and packed linear layers", "run it through transformers")
-    return matrix(), bias
+    packed: PackedLinear = module
+    return packed.matrix(), bias

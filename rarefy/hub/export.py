@@ -9,7 +9,10 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from rarefy.core.attach import gated
+from rarefy.core.errors import Refused
 from rarefy.hub.atomic import atomic_folder
+from rarefy.surgery.narrow import edits
 
 RECORD = "prune.json"
 TIMINGS = "timings.json"
@@ -40,11 +43,15 @@ def save_dense(
         The folder.
 
     Raises:
-        Refused: the folder exists and is not empty, cannot be written, or the disk is full; nothing is left behind.
+        Refused: the model has gates or narrow layers; the folder exists and is not empty, cannot be written, or the disk is full; nothing is left behind.
     """
+    for path in gated(model):
+        raise Refused(f"the gate on {path}", "a plain folder cannot express it, and would run dense", "save it with rarefy.hub.packed.save_packed")
+    for edit in edits(model):
+        raise Refused(f"narrow layers {', '.join(edit.rows)}", "a plain config cannot express them", "save them with rarefy.hub.packed.save_packed")
     target = Path(out)
     with atomic_folder(target, force=force) as draft:
-        _plain_config(model)
+        plain_config(model)
         (write or model.save_pretrained)(draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
@@ -64,7 +71,7 @@ def clear_drafts(out: Path) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _plain_config(model: Any) -> None:
+def plain_config(model: Any) -> None:
     """transformers refuses to save what came from a GGUF file until it forgets that it was quantised: the tensors are plain."""
     if getattr(model, "hf_quantizer", None) is not None and getattr(getattr(model.config, "quantization_config", None), "quant_method", "") == "gguf":
         model.hf_quantizer = None

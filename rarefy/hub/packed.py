@@ -1,7 +1,8 @@
-"""Packed linear layers: the zeros are not stored, the results are the dense layer's bit for bit."""
+"""Packed layers and the plan around them: the zeros are not stored, and a layer computes with its bytes as they lie."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,19 +12,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rarefy.core.errors import BadInput, MissingExtra
+from rarefy.core.attach import attach_gate, gated, plain_type, viewed
+from rarefy.core.errors import BadInput, MissingExtra, Refused
+from rarefy.core.roles import Matrix
 from rarefy.hub.atomic import atomic_folder
-from rarefy.hub.plan import DTYPES, Layer
+from rarefy.hub.export import plain_config
+from rarefy.hub.plan import DTYPES, Layer, Plan, edit_dict, gate_dict
+from rarefy.hub.tensors import INDEX, Stored, digest, read_json, stored
 from rarefy.layouts import LAYOUTS
+from rarefy.layouts.flat import Flat
+from rarefy.surgery.narrow import edits, replay, widen
 from rarefy.weights.sites import find_sites
 
 RECORD = "pack.json"
+_SAVE_AGAIN = "dequantize it and save it with rarefy.hub.packed.save_packed"
 
 
-class PackedLinear(nn.Module):
-    """A Linear whose `weight` is uint8 [bytes]; each forward unpacks it and calls `torch.nn.functional.linear`."""
+class Packed(nn.Module):
+    """A matrix whose `weight` is uint8 [bytes]; `bias` is that of the layer it stands for."""
 
     bias: nn.Parameter | None
+    _ready: tuple[object, Any] | None = None  # what the bytes were when `matrix` looked at them, and what it made of them
 
     def __init__(self, layer: Layer, packed: Tensor, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -32,12 +41,71 @@ class PackedLinear(nn.Module):
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.register_parameter("bias", bias)
 
+    def matrix(self) -> Matrix:
+        """The weight [out, in], ready to compute with; made again where the bytes were moved or written to."""
+        now = (self.weight.data_ptr(), self.weight._version, self.weight.device)
+        if self._ready is None or self._ready[0] != now:
+            self._ready = now, LAYOUTS[self.layer.layout].matrix(self.weight.detach(), self.layer.shape, DTYPES[self.layer.dtype])
+        found: Matrix = self._ready[1]
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ready": None}
+
     def dense(self) -> Tensor:
         """The weight [out, in]."""
-        return LAYOUTS[self.layer.layout].unpack(self.weight, self.layer.shape, DTYPES[self.layer.dtype])
+        return LAYOUTS[self.layer.layout].unpack(self.weight.detach(), self.layer.shape, DTYPES[self.layer.dtype])
+
+
+class PackedLinear(Packed):
+    """A Linear.
+
+    A few rows of x are multiplied by the packed weights in native code, where it is there: to the rounding of another order
+    of summing, or as the layout rounds. More rows, gradients and other devices unpack the weight and call `torch.nn.functional.linear`.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dense().to(x.dtype), self.bias)
+        if torch.compiler.is_compiling():
+            return F.linear(x, self.dense().to(x.dtype), self.bias)
+        return self.matrix().linear(x, self.bias)
+
+    def plain(self) -> nn.Module:
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.dense())
+        linear.register_parameter("bias", self.bias)
+        return linear
+
+
+class PackedConv1D(Packed):
+    """transformers' Conv1D, whose weight is [in, out]: each forward unpacks it and calls `torch.addmm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.dense().t().contiguous().to(x.dtype)
+        assert self.bias is not None
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], self.out_features)
+
+    def plain(self) -> nn.Module:
+        from transformers.pytorch_utils import Conv1D
+
+        assert self.bias is not None
+        with torch.device("meta"):
+            conv = Conv1D(self.out_features, self.in_features)
+        conv.weight, conv.bias = nn.Parameter(self.dense().t().contiguous()), self.bias
+        return conv
+
+
+def packed_kind(module: nn.Module) -> type[PackedLinear] | type[PackedConv1D] | None:
+    """The packed class that stands for a module, or None where there is none."""
+    kind = plain_type(module)
+    if kind is nn.Linear:
+        return PackedLinear
+    return PackedConv1D if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils" else None
+
+
+def matrix(module: Any) -> Tensor:
+    """The weight of a Linear or Conv1D as [out, in]."""
+    weight: Tensor = module.weight.detach()
+    return weight.t() if packed_kind(module) is PackedConv1D else weight
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -46,17 +114,19 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def save_packed(model: Any, tokenizer: Any, out: str | Path, layout: str = "bitmask", *, force: bool = False) -> dict[str, Any]:
-    """Save a transformers model with its sparse Linear layers packed; the model itself is left as it was.
+def save_packed(model: Any, tokenizer: Any, out: str | Path, layout: str = "bitmask", *, force: bool = False, max_shard_size: str | int = "50GB") -> dict[str, Any]:
+    """Save a transformers model with its sparse layers packed, its gates and its edits; the model itself is left as it was.
 
-    A layer is packed where that is smaller than the dense tensor; the others stay dense, and the record says why.
+    A Linear or Conv1D is packed where that is smaller than the dense tensor. A gated one is packed in any case, `flat`
+    where nothing is smaller, so that transformers without rarefy cannot run it dense. The others stay dense, and the
+    record says why.
 
     Returns:
-        The record: layout, bytes before and after, and per site its density, bytes and the reason where it stays dense.
+        The record: layout, bytes before and after, gates, edits, and per site its density, layout, bytes, relative error and the reason where it stays dense.
 
     Raises:
         BadInput: unknown layout, or a model that is already quantised.
-        Refused: as `rarefy.hub.atomic.check_target`.
+        Refused: the plan does not rebuild the live model; a view is attached; as `rarefy.hub.atomic.check_target`.
     """
     if layout not in LAYOUTS:
         raise BadInput(f"layout {layout!r}", f"known layouts are {', '.join(LAYOUTS)}", "pass one of them")
@@ -64,64 +134,148 @@ def save_packed(model: Any, tokenizer: Any, out: str | Path, layout: str = "bitm
         from rarefy.hub.quantizer import RarefyConfig
     except ModuleNotFoundError as error:
         raise MissingExtra("transformers", "hub") from error
+    plain_config(model)
     if getattr(model.config, "quantization_config", None) is not None:
         raise BadInput("a quantised model", "only plain weights can be packed", "dequantize it first")
-    sites, dense = [], {}
-    for path, module in _linears(model):
-        layer, packed, site = _pack(path, module, layout)
+    for key in viewed(model):
+        raise Refused(f"the view on {key}", "a folder holds plain weights", "save inside `with exported(model)`")
+    gates, layers, packed, sites = gated(model), {}, {}, []
+    for path, module in _matrices(model):
+        layer, data, site = _pack(path, module, layout, path in gates, _shared(model, module))
         sites.append(site)
         if layer is not None:
-            dense[path] = module
-            replace(model, path, PackedLinear(layer, packed, module.bias))
+            layers[path], packed[f"{path}.weight"] = layer, data
+    plan = Plan(layers, edits(model), gates)
+    rebuilds(model, plan)
     record = {
         "layout": layout,
         "bytes_dense": sum(s["bytes_dense"] for s in sites),
         "bytes_stored": sum(s["bytes"] for s in sites),
-        "packed": len(dense),
+        "packed": len(layers),
+        "gates": [{"name": path, **gate_dict(gate)} for path, gate in gates.items()],
+        "edits": [edit_dict(edit) for edit in plan.edits],
         "sites": sites,
     }
     try:
-        layers = {path: model.get_submodule(path).layer.to_dict() for path in dense}
-        if layers:
-            model.config.quantization_config = RarefyConfig(layers=layers)
         with atomic_folder(Path(out), force=force) as draft:
-            model.save_pretrained(draft)
+            _write(model, draft, packed, max_shard_size)
             if tokenizer is not None:
                 tokenizer.save_pretrained(draft)
+            if layers or plan.edits:
+                dense = {key: tensor.seal() for key, tensor in stored(draft.glob("*.safetensors")).items() if key not in packed}
+                model.config.quantization_config = RarefyConfig(**Plan(layers, plan.edits, gates, dense).to_dict())
+                model.config.save_pretrained(draft)
             (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     finally:
-        for path, module in dense.items():
-            replace(model, path, module)
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     return record
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    for site in find_sites(model):
-        module = model.get_submodule(site.module)
-        if type(module) is nn.Linear:
-            yield site.module, module
+def _write(model: Any, draft: Path, packed: dict[str, Tensor], max_shard_size: str | int) -> None:
+    """Files as transformers writes them when the reloaded model is saved again: keys sorted, packed bytes counted as parameters."""
+    state = model.state_dict()
+    try:
+        model.save_pretrained(draft, state_dict=dict(sorted({**state, **packed}.items())), max_shard_size=max_shard_size)
+    except RuntimeError as error:
+        if "shared tensors" not in str(error):
+            raise
+        raise Refused("two names of one tensor", "the model does not declare that they are tied, so they would not be tied again", "clone one of them") from error
+    index = draft / INDEX
+    if index.is_file():
+        content = read_json(index.read_bytes(), INDEX)
+        content["metadata"]["total_parameters"] += sum(data.numel() - state[key].numel() for key, data in packed.items())
+        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _pack(path: str, module: nn.Linear, layout: str) -> tuple[Layer | None, Tensor, dict[str, Any]]:
-    weight = module.weight.detach()
-    packed = LAYOUTS[layout].pack(weight)
+def _matrices(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The sites that can be packed, and every gated module besides."""
+    paths = [site.module for site in find_sites(model)]
+    for path in dict.fromkeys([*paths, *gated(model)]):
+        module = model.get_submodule(path)
+        if packed_kind(module) is not None:
+            yield path, module
+        elif path in gated(model):
+            raise Refused(f"the gate on {path}", f"a plan can gate a Linear or a Conv1D, not a {plain_type(module).__name__}", "detach the gate")
+
+
+def _shared(model: nn.Module, module: Any) -> bool:
+    return sum(p is module.weight for m in model.modules() for p in m._parameters.values()) > 1
+
+
+def _pack(path: str, module: Any, layout: str, must: bool, shared: bool) -> tuple[Layer | None, Tensor, dict[str, Any]]:
+    weight = matrix(module)
     before = weight.numel() * weight.element_size()
-    site = {"name": f"{path}.weight", "density": int(torch.count_nonzero(weight)) / weight.numel(), "bytes_dense": before}
-    if packed.numel() >= before:
-        return None, packed, {**site, "bytes": before, "dense_because": "packed it would be no smaller"}
-    return Layer.of(weight, packed, layout), packed, {**site, "bytes": packed.numel(), "dense_because": None}
+    packed = LAYOUTS[layout].pack(weight)
+    reason = "its tensor is shared" if shared else "packed it would be no smaller" if packed.numel() >= before else None
+    if must and shared:
+        raise Refused(f"the gate on {path}", "its tensor is shared, so that it cannot be stored packed, and plain transformers would run it dense", "untie it or detach the gate")
+    if must and reason is not None:
+        layout, packed, reason = Flat.name, LAYOUTS[Flat.name].pack(weight), None
+    site = {"name": f"{path}.weight", "density": int(torch.count_nonzero(weight)) / weight.numel(), "bytes_dense": before, "dense_because": reason}
+    if reason is not None:
+        return None, packed, {**site, "layout": None, "bytes": before, "error": 0.0}
+    layer = Layer.of(weight, packed, layout)
+    return layer, packed, {**site, "layout": layout, "bytes": packed.numel(), "error": _error(weight, layer, packed)}
+
+
+def _error(weight: Tensor, layer: Layer, packed: Tensor) -> float:
+    """``||W' - W|| / ||W||`` of what comes back; 0 for a lossless layout."""
+    if LAYOUTS[layer.layout].lossless or not bool(weight.any()):
+        return 0.0
+    back = LAYOUTS[layer.layout].unpack(packed, layer.shape, torch.float32)
+    return float((back - weight.float()).norm() / weight.float().norm())
+
+
+def rebuilds(model: Any, plan: Plan) -> None:
+    """Raise Refused unless a model built from the config, with the plan's edits, has the keys and shapes of the live one."""
+    with torch.device("meta"):
+        built = type(model)(copy.deepcopy(model.config))
+    for edit in plan.edits:
+        replay(built, edit)
+    for path, gate in plan.gates.items():
+        attach_gate(built, path, copy.deepcopy(gate))
+    live, new = ({key: tuple(value.shape) for key, value in m.state_dict().items()} for m in (model, built))
+    for key in sorted({*live, *new}):
+        if live.get(key) != new.get(key):
+            raise Refused(f"{key} of shape {live.get(key)}", f"config and plan build {new.get(key)} there", "edit shapes with rarefy.surgery.narrow only, and save no adapters")
+
+
+def unchanged(model: Any, plan: Plan) -> None:
+    """Raise Refused unless a loaded model is still what its plan says: layers, gates, edits and every other tensor."""
+    modules, state = dict(model.named_modules()), model.state_dict()
+    for path, layer in plan.layers.items():
+        module = modules.get(path)
+        if not isinstance(module, Packed) or module.layer != layer or digest(module.weight) != layer.sha256:
+            raise Refused(f"layer {path}", "it is not the packed layer of the plan any more", _SAVE_AGAIN)
+    live = {path: gate_dict(gate) for path, gate in gated(model).items()}
+    for path in sorted({*live, *plan.gates}):
+        if path not in live or path not in plan.gates or live[path] != gate_dict(plan.gates[path]):
+            raise Refused(f"the gate on {path}", "the plan has another one or none", "put the gates of the plan back, or " + _SAVE_AGAIN)
+    if edits(model) != plan.edits:
+        raise Refused("the edits of the model", "the plan has others", _SAVE_AGAIN)
+    for key, seal in plan.tensors.items():
+        if key not in state or Stored.of(state[key]).seal() != seal:
+            raise Refused(f"tensor {key}", "it is not what the plan's sha256 says, in value or dtype", _SAVE_AGAIN)
+    known = {*plan.tensors, *(f"{path}.weight" for path in plan.layers)}
+    owned = {state[key].data_ptr() for key in known if key in state}
+    for key in sorted(set(state) - known):
+        if plan.tensors and state[key].data_ptr() not in owned:
+            raise Refused(f"tensor {key}", "the plan does not know it", _SAVE_AGAIN)
 
 
 def dequantize(model: Any) -> Any:
-    """Replace every packed layer by a plain Linear, in place; afterwards the model saves as plain dense weights."""
+    """Replace every packed layer by a plain one and widen narrowed MLPs with zeros, in place; afterwards the model saves as plain dense weights.
+
+    Raises:
+        Refused: the model has gates, which plain weights cannot express; `rarefy.core.attach.detach_gates` takes them off.
+    """
+    for path in gated(model):
+        raise Refused(f"the gate on {path}", "plain weights cannot express it, and would run dense", "take it off first with rarefy.core.attach.detach_gates")
     for path, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear):
-            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-            linear.weight = nn.Parameter(module.dense())
-            linear.register_parameter("bias", module.bias)
-            replace(model, path, linear.train(module.training))
+        if isinstance(module, (PackedLinear, PackedConv1D)):
+            replace(model, path, module.plain().train(module.training))
+    widen(model)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False

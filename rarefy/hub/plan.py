@@ -1,23 +1,32 @@
-"""The plan in config.json: which modules are packed, and how to prove each one."""
+"""The plan in config.json: which layers are packed, which shapes were edited, which inputs are gated, and how to prove it."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rarefy.core.errors import BadFile
+from rarefy.core.discover import methods
+from rarefy.core.errors import BadFile, BadInput
+from rarefy.core.roles import Gate
+from rarefy.hub.tensors import digest
 from rarefy.layouts import LAYOUTS
+from rarefy.surgery.narrow import Narrow
 
 METHOD = "rarefy"
 VERSION = 1
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LARGEST = 2**31
+_AGAIN = "write the folder again"
+_PATH = re.compile(r"\w+(\.\w+)*", re.ASCII)
+_SHA = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -46,33 +55,140 @@ class Layer:
         LAYOUTS[self.layout].check(packed, self.shape, DTYPES[self.dtype], name)
 
 
-def digest(packed: Tensor) -> str:
-    return hashlib.sha256(packed.detach().cpu().contiguous().numpy().data).hexdigest()
+@dataclass(frozen=True)
+class Plan:
+    """What a folder differs in from its config: {path: packed layer}, edits in order, {path: gate}, {key of another tensor: its seal}."""
+
+    layers: Mapping[str, Layer] = field(default_factory=dict)
+    edits: tuple[Narrow, ...] = ()
+    gates: Mapping[str, Gate] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of `quantization_config`, `quant_method` aside."""
+        body: dict[str, Any] = {
+            "version": VERSION,
+            "layers": {path: layer.to_dict() for path, layer in self.layers.items()},
+            "edits": [edit_dict(edit) for edit in self.edits],
+            "gates": {path: gate_dict(gate) for path, gate in self.gates.items()},
+            "tensors": dict(self.tensors),
+        }
+        return {**body, "sha256": _digest_of(body)}
 
 
-def parse(version: Any, layers: Any) -> dict[str, Layer]:
-    """The layers of a plan, every field checked. Raises BadFile."""
+def edit_dict(edit: Narrow) -> dict[str, Any]:
+    return {"edit": "narrow", "rows": list(edit.rows), "columns": list(edit.columns), "from": edit.width, "to": edit.kept}
+
+
+def gate_dict(gate: Gate) -> dict[str, Any]:
+    return {"gate": type(gate).name, "settings": gate.settings()}
+
+
+def _digest_of(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def parse(fields: Mapping[str, Any]) -> Plan:
+    """A plan from `quantization_config`, every field checked.
+
+    `sha256` may be absent where nothing but `version` and `layers` is given.
+
+    Raises:
+        BadFile: a field is unknown, missing, out of range or not what the plan's own checksum says.
+    """
+    version = fields.get("version")
     if version != VERSION or isinstance(version, bool):
         raise BadFile(f"packed format version {version!r}", f"this rarefy reads version {VERSION}", "upgrade rarefy")
-    if not isinstance(layers, Mapping):
-        raise BadFile("the plan in config.json", "its layers must be a mapping of module paths", "write the folder again")
-    return {str(path): _layer(str(path), entry) for path, entry in layers.items()}
+    unknown = sorted(set(fields) - {"version", "layers", "edits", "gates", "tensors", "sha256"})
+    if unknown:
+        raise BadFile(f"the plan in config.json with {unknown[0]!r}", "it holds version, layers, edits, gates, tensors and sha256 only", "upgrade rarefy")
+    shapes = {
+        "layers": (Mapping, "a mapping of module paths"),
+        "edits": (list, "a list"),
+        "gates": (Mapping, "a mapping of module paths"),
+        "tensors": (Mapping, "a mapping of keys"),
+    }
+    for name, (kind, words) in shapes.items():
+        if not isinstance(fields.get(name, kind() if kind is list else {}), kind):
+            raise BadFile("the plan in config.json", f"its {name} must be {words}", _AGAIN)
+    plan = Plan(
+        {path: _layer(_path(path), entry) for path, entry in fields.get("layers", {}).items()},
+        tuple(_edit(entry) for entry in fields.get("edits", [])),
+        {path: _gate(_path(path), entry) for path, entry in fields.get("gates", {}).items()},
+        {key: _sha(_path(key), entry) for key, entry in fields.get("tensors", {}).items()},
+    )
+    _check_own(plan, fields)
+    return plan
+
+
+def _check_own(plan: Plan, fields: Mapping[str, Any]) -> None:
+    bare = "sha256" not in fields
+    if bare and (set(fields) - {"version", "layers"}):
+        raise BadFile("the plan in config.json", "it holds no sha256 of itself", _AGAIN)
+    if not bare and fields["sha256"] != _digest_of({"edits": [], "gates": {}, "tensors": {}, "layers": {}, **{k: v for k, v in fields.items() if k != "sha256"}}):
+        raise BadFile("the plan in config.json", "its sha256 is not that of its own fields", "the file was damaged or edited; write it again")
+    if (plan.edits or plan.gates) and not plan.tensors:
+        raise BadFile("the plan in config.json", "with edits or gates it lists a sha256 of every tensor", _AGAIN)
+    for path in plan.gates:
+        if path not in plan.layers:
+            raise BadFile(f"the gate on {path}", "a gated layer is stored packed, so that nobody runs it dense", _AGAIN)
+
+
+def _path(path: Any) -> str:
+    if not isinstance(path, str) or _PATH.fullmatch(path) is None:
+        raise BadFile(f"the name {str(path)[:80]!r} in the plan", "a name is made of letters, digits, _ and dots between", _AGAIN)
+    return path
 
 
 def _layer(path: str, entry: Any) -> Layer:
-    again = "write the folder again"
     if not isinstance(entry, Mapping) or set(entry) != {"layout", "shape", "dtype", "sha256", "bytes"}:
-        raise BadFile(f"the plan of {path}", "it must hold exactly layout, shape, dtype, sha256 and bytes", again)
+        raise BadFile(f"the plan of {path}", "it must hold exactly layout, shape, dtype, sha256 and bytes", _AGAIN)
     layout, shape, dtype, sha, count = (entry[k] for k in ("layout", "shape", "dtype", "sha256", "bytes"))
     if not isinstance(layout, str) or layout not in LAYOUTS:
         raise BadFile(f"layout {layout!r} of {path}", f"known layouts are {', '.join(LAYOUTS)}", "upgrade rarefy")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise BadFile(f"dtype {dtype!r} of {path}", f"known dtypes are {', '.join(DTYPES)}", again)
-    if not isinstance(shape, (list, tuple)) or len(shape) != 2 or not all(type(n) is int and 0 < n < _LARGEST for n in shape):
-        raise BadFile(f"shape {shape!r} of {path}", "a shape is two positive integers", again)
+        raise BadFile(f"dtype {dtype!r} of {path}", f"known dtypes are {', '.join(DTYPES)}", _AGAIN)
+    if not isinstance(shape, (list, tuple)) or len(shape) != 2 or not all(_whole(n) for n in shape):
+        raise BadFile(f"shape {shape!r} of {path}", "a shape is two positive integers", _AGAIN)
     most = LAYOUTS[layout].size((shape[0], shape[1]), shape[0] * shape[1], DTYPES[dtype])
     if type(count) is not int or not 0 < count <= most:
-        raise BadFile(f"bytes {count!r} of {path}", f"a packed {shape[0]} x {shape[1]} has at most {most} bytes", again)
-    if not isinstance(sha, str) or re.fullmatch(r"[0-9a-f]{64}", sha) is None:
-        raise BadFile(f"sha256 of {path}", "it must be 64 hexadecimal digits", again)
-    return Layer(layout, (shape[0], shape[1]), dtype, sha, count)
+        raise BadFile(f"bytes {count!r} of {path}", f"a packed {shape[0]} x {shape[1]} has at most {most} bytes", _AGAIN)
+    return Layer(layout, (shape[0], shape[1]), dtype, _sha(path, sha), count)
+
+
+def _edit(entry: Any) -> Narrow:
+    if not isinstance(entry, Mapping) or entry.get("edit") != "narrow":
+        raise BadFile(f"edit {(entry.get('edit') if isinstance(entry, Mapping) else entry)!r} of the plan", "the known edit is narrow", "upgrade rarefy")
+    if set(entry) != {"edit", "rows", "columns", "from", "to"} or not all(isinstance(entry[k], list) and entry[k] for k in ("rows", "columns")):
+        raise BadFile("a narrow edit of the plan", "it must hold exactly edit, rows, columns, from and to, rows and columns as lists of paths", _AGAIN)
+    rows, columns = (tuple(_path(p) for p in entry[k]) for k in ("rows", "columns"))
+    width, kept = entry["from"], entry["to"]
+    if not _whole(width) or not _whole(kept) or not kept < width:
+        raise BadFile(f"narrowing {', '.join(rows)} from {width!r} to {kept!r}", "widths are positive integers and the second is smaller", _AGAIN)
+    return Narrow(rows, columns, width, kept)
+
+
+def _gate(path: str, entry: Any) -> Gate:
+    if not isinstance(entry, Mapping) or set(entry) != {"gate", "settings"} or not isinstance(entry["settings"], Mapping):
+        raise BadFile(f"the gate on {path}", "it must hold exactly gate and settings", _AGAIN)
+    known, name, settings = methods(Gate), entry["gate"], entry["settings"]
+    if not isinstance(name, str) or name not in known:
+        raise BadFile(f"gate {name!r} on {path}", f"known gates are {', '.join(known)}", "upgrade rarefy, or load the plug-in that defines it")
+    kind: Any = known[name]
+    if set(settings) != set(kind().settings()) or not all(type(v) in (int, float) and abs(v) < math.inf for v in settings.values()):
+        raise BadFile(f"settings {dict(settings)!r} of the {name} gate on {path}", f"they are finite numbers for {', '.join(kind().settings())}", _AGAIN)
+    try:
+        gate: Gate = kind(**settings)
+    except BadInput as error:
+        raise BadFile(f"{error.value} of the gate on {path}", error.rule, _AGAIN) from error
+    return gate
+
+
+def _sha(path: str, sha: Any) -> str:
+    if not isinstance(sha, str) or _SHA.fullmatch(sha) is None:
+        raise BadFile(f"sha256 of {path}", "it must be 64 hexadecimal digits", _AGAIN)
+    return sha
+
+
+def _whole(n: Any) -> bool:
+    return type(n) is int and 0 < n < _LARGEST

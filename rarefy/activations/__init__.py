@@ -1,0 +1,1 @@
+"""Which activations matter: parts that make exact zeros of the others."""

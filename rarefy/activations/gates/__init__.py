@@ -1,0 +1,1 @@
+"""Gates: one idea per file."""
