@@ -140,6 +140,22 @@ def test_a_packed_model_is_not_packed_again(tmp_path: Path) -> None:
         save_packed(load(tmp_path / "out").model, None, tmp_path / "again")
 
 
+def test_experts_that_files_name_otherwise_reload_and_save_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, num_local_experts=3)).eval()
+    attach_gates(model, TopK(0.5), ["*.q_proj"])
+    save_packed(model, None, tmp_path / "out")
+    again = load(tmp_path / "out").model
+    assert torch.equal(logits(again), logits(model))
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        again.model.layers[0].mlp.experts.down_proj[1, 2, 3] += 1
+    with pytest.raises(Refused, match="experts"):
+        again.save_pretrained(tmp_path / "changed")
+
+
 def test_an_undeclared_tie_is_refused(tmp_path: Path) -> None:
     model = llama()
     mlp = model.model.layers[0].mlp

@@ -162,8 +162,8 @@ def save_packed(model: Any, tokenizer: Any, out: str | Path, layout: str = "bitm
             if tokenizer is not None:
                 tokenizer.save_pretrained(draft)
             if layers or plan.edits:
-                dense = {key: tensor.seal() for key, tensor in stored(draft.glob("*.safetensors")).items() if key not in packed}
-                model.config.quantization_config = RarefyConfig(**Plan(layers, plan.edits, gates, dense).to_dict())
+                seals = {key: tensor.seal() for key, tensor in stored(draft.glob("*.safetensors")).items()}
+                model.config.quantization_config = RarefyConfig(**Plan(layers, plan.edits, gates, seals).to_dict())
                 model.config.save_pretrained(draft)
             (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     finally:
@@ -243,7 +243,9 @@ def rebuilds(model: Any, plan: Plan) -> None:
 
 def unchanged(model: Any, plan: Plan) -> None:
     """Raise Refused unless a loaded model is still what its plan says: layers, gates, edits and every other tensor."""
-    modules, state = dict(model.named_modules()), model.state_dict()
+    from transformers.core_model_loading import revert_weight_conversion
+
+    modules = dict(model.named_modules())
     for path, layer in plan.layers.items():
         module = modules.get(path)
         if not isinstance(module, Packed) or module.layer != layer or digest(module.weight) != layer.sha256:
@@ -254,13 +256,15 @@ def unchanged(model: Any, plan: Plan) -> None:
             raise Refused(f"the gate on {path}", "the plan has another one or none", "put the gates of the plan back, or " + _SAVE_AGAIN)
     if edits(model) != plan.edits:
         raise Refused("the edits of the model", "the plan has others", _SAVE_AGAIN)
+    if not plan.tensors:
+        return
+    state = revert_weight_conversion(model, model.state_dict())  # as the files name them
     for key, seal in plan.tensors.items():
         if key not in state or Stored.of(state[key]).seal() != seal:
             raise Refused(f"tensor {key}", "it is not what the plan's sha256 says, in value or dtype", _SAVE_AGAIN)
-    known = {*plan.tensors, *(f"{path}.weight" for path in plan.layers)}
-    owned = {state[key].data_ptr() for key in known if key in state}
-    for key in sorted(set(state) - known):
-        if plan.tensors and state[key].data_ptr() not in owned:
+    owned = {state[key].data_ptr() for key in plan.tensors}
+    for key in sorted(set(state) - set(plan.tensors)):
+        if state[key].data_ptr() not in owned:
             raise Refused(f"tensor {key}", "the plan does not know it", _SAVE_AGAIN)
 
 

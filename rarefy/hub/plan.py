@@ -57,7 +57,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a folder differs in from its config: {path: packed layer}, edits in order, {path: gate}, {key of another tensor: its seal}."""
+    """What a folder differs in from its config: {path: packed layer}, edits in order, {path: gate}, {key of a tensor in the files: its seal}."""
 
     layers: Mapping[str, Layer] = field(default_factory=dict)
     edits: tuple[Narrow, ...] = ()

@@ -18,7 +18,7 @@ from rarefy.core.attach import PREFIX, attach_gate, gated
 from rarefy.core.errors import BadFile, BadInput
 from rarefy.hub.packed import matrix, packed_kind, replace, unchanged
 from rarefy.hub.plan import METHOD, Layer, Plan, parse
-from rarefy.hub.tensors import Stored, check_folder, headers, stored
+from rarefy.hub.tensors import check_folder, headers, stored
 from rarefy.surgery.narrow import replay
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -45,7 +45,7 @@ class RarefyConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class RarefyQuantizer(HfQuantizer):
-    """Replays edits, packed layers and gates; verifies size, checksum and bit count of each, and every other tensor's checksum."""
+    """Replays edits, packed layers and gates; verifies every tensor, and size and bit count of the packed ones."""
 
     requires_calibration = False
 
@@ -131,16 +131,12 @@ def _check_tensors(plan: Plan, files: Sequence[Path]) -> None:
     if not plan.tensors or not files:
         return
     found = stored(files)
-    packed = {f"{path}.weight": Stored("U8", (layer.bytes,), layer.sha256).seal() for path, layer in plan.layers.items()}
-    planned = {**plan.tensors, **packed}
-    for key in sorted({*planned, *found}):
-        if key not in found or key not in planned:
+    for key in sorted({*plan.tensors, *found}):
+        if key not in found or key not in plan.tensors:
             here, there = ("the files", "the plan") if key in found else ("the plan", "the files")
             raise BadFile(f"tensor {key[:80]}", f"it is in {here} and not in {there}", "write the folder again")
-        if found[key].seal() != planned[key]:
-            raise BadFile(
-                f"{'packed tensor' if key in packed else 'tensor'} {key}", "its sha256, dtype or shape is not the plan's", "the file is damaged; download or write it again"
-            )
+        if found[key].seal() != plan.tensors[key]:
+            raise BadFile(f"tensor {key}", "its sha256, dtype or shape is not the plan's", "the file is damaged; download or write it again")
 
 
 def _check_shapes(model: nn.Module, files: Sequence[Path]) -> None:
