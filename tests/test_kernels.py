@@ -16,6 +16,7 @@ from rarefy.kernels.grouped import GroupedMatrix
 from rarefy.kernels.grouped import reference as grouped
 from rarefy.kernels.library import SWITCH, available, describe, instruction_set, native, pointer
 from rarefy.kernels.samples import samples
+from rarefy.layouts.bits import pack_bits
 
 NATIVE = pytest.mark.skipif(native() is None, reason="the native kernels were not built here")
 GUARD = 64  # floats of poison on either side
@@ -181,17 +182,18 @@ def test_grouped_equals_its_reference(isa, bits, asymmetric):
             for share in (0.4, 1.1):
                 keep = torch.rand(weight.shape[0], groups, generator=generator) < share
                 keep[0, 0] = True
+                present = pack_bits(keep)
                 codes, scale, zero = grouped_case(weight, bits, asymmetric, keep, generator)
-                matrix = GroupedMatrix(poisoned(codes), poisoned(scale), None if zero is None else poisoned(zero), keep, weight.shape[1], bits)
-                assert matrix.fast and (matrix.group is None) == bool(keep.all())
+                matrix = GroupedMatrix(poisoned(codes), poisoned(scale), None if zero is None else poisoned(zero), present, weight.shape[1], bits)
+                assert matrix.fast and (matrix.skips is None) == bool(keep.all())
                 y = matrix.linear(poisoned(x), bias)
                 offset = scale.float() * 2 ** (bits - 1) if zero is None else zero.float().abs()
                 largest = torch.full_like(codes, 255)
-                parts = grouped.unpack(largest, scale, offset, keep, weight.shape[1], bits)  # kernels may centre the codes differently
+                parts = grouped.unpack(largest, scale, offset, present, weight.shape[1], bits)  # kernels may centre the codes differently
                 assert_is_product(y, grouped.rounded(x), matrix.dense(), bias, parts)
 
 
 @NATIVE
 def test_grouped_refuses_codes_that_do_not_add_up():
     with pytest.raises(BadFile, match="2 groups are present"):
-        GroupedMatrix(torch.zeros(1, 16, dtype=torch.uint8), torch.ones(1).half(), None, torch.ones(2, 1, dtype=torch.bool), 32, 4)
+        GroupedMatrix(torch.zeros(1, 16, dtype=torch.uint8), torch.ones(1).half(), None, torch.ones(2, 1, dtype=torch.uint8), 32, 4)

@@ -88,20 +88,19 @@ class Grouped(Layout):
                 raise BadFile(f"packed tensor {name}", "a scale is NaN or inf", "write the folder again")
 
     def matrix(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> GroupedMatrix:
-        present = self._present(packed, shape, self.name)
-        stored = int(present.sum())
+        stored = int(self._present(packed, shape, self.name).sum())
         _, scale, *zero, codes = split(packed, [_mask_bytes(shape), *self._sizes(stored)])
         return GroupedMatrix(
             codes.view(stored, -1) if stored else codes.view(0, GROUP * self.bits // 8),
             aligned(scale, torch.float16),
             aligned(zero[0], torch.float16) if zero else None,
-            present,
+            _bits(packed, shape),
             shape[1],
             self.bits,
         )
 
     def _present(self, packed: Tensor, shape: tuple[int, int], name: str) -> Tensor:
-        return unpack_bits(packed[: _mask_bytes(shape)].view(shape[0], -1), -(-shape[1] // GROUP), name)
+        return unpack_bits(_bits(packed, shape), -(-shape[1] // GROUP), name)
 
 
 def _mask_bytes(shape: tuple[int, int]) -> int:
@@ -109,6 +108,11 @@ def _mask_bytes(shape: tuple[int, int]) -> int:
     return shape[0] * -(-groups // 8)
 
 
+def _bits(packed: Tensor, shape: tuple[int, int]) -> Tensor:
+    return packed[: _mask_bytes(shape)].view(shape[0], -1)
+
+
+@dataclass(frozen=True)
 class Int8(Grouped):
     """8 bits, symmetric: 8.5 bits a stored weight."""
 

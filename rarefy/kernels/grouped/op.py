@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rarefy.core.errors import BadFile
+from rarefy.kernels.bitmask.reference import mask_of
 from rarefy.kernels.grouped import reference
 from rarefy.kernels.grouped.reference import GROUP
 from rarefy.kernels.library import native, pointer, suits
@@ -15,28 +16,31 @@ FEW = 16  # rows of x up to which the kernel multiplies; above, the weights are 
 
 
 class GroupedMatrix:
-    """A matrix [O, I] of which the groups `present` [O, G] are stored: codes uint8 [n, 32 or 16], scale and zero float16 [n].
+    """A matrix [O, I] of which some groups are stored: codes uint8 [n, 32 or 16], scale and zero float16 [n].
+
+    `bits` uint8 [O, ceil(G / 8)], low bit first, says which of the G groups of a row they are.
 
     Raises:
         BadFile: the groups do not account for the codes.
 
-    >>> present = torch.tensor([[True], [False]])
-    >>> m = GroupedMatrix(torch.full((1, 32), 129, dtype=torch.uint8), torch.tensor([0.5]).half(), None, present, 3, 8)
+    >>> first = torch.tensor([[1], [0]], dtype=torch.uint8)
+    >>> m = GroupedMatrix(torch.full((1, 32), 129, dtype=torch.uint8), torch.tensor([0.5]).half(), None, first, 3, 8)
     >>> m.linear(torch.tensor([[127.0, 0.0, 1.0]])).tolist(), m.dense().tolist()
     ([[64.0, 0.0]], [[0.5, 0.5, 0.5], [0.0, 0.0, 0.0]])
     """
 
     def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor | None, present: Tensor, columns: int, bits: int) -> None:
-        stored, groups = int(present.sum()), -(-columns // GROUP)
-        if codes.shape != (stored, GROUP * bits // 8) or scale.numel() != stored or present.shape[1] != groups or (zero is not None and zero.numel() != stored):
+        groups = -(-columns // GROUP)
+        counts = mask_of(present, groups).sum(1)
+        stored = int(counts.sum())
+        if codes.shape != (stored, GROUP * bits // 8) or scale.numel() != stored or present.shape[1] != -(-groups // 8) or (zero is not None and zero.numel() != stored):
             raise BadFile("a grouped matrix", f"{stored} groups are present and codes of {tuple(codes.shape)} are stored", "write the file again")
         self.codes, self.scale, self.zero, self.present = codes, scale, zero, present
         self.rows, self.columns, self.bits = present.shape[0], columns, bits
-        self.fast = native() is not None and codes.device.type == "cpu" and all(t.is_contiguous() for t in (codes, scale)) and stored > 0 and groups <= 2**16
+        self.fast = native() is not None and codes.device.type == "cpu" and all(t.is_contiguous() for t in (codes, scale)) and stored > 0
         if self.fast:
-            counts = present.sum(1)
             self.start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-            self.group = None if bool(present.all()) else present.nonzero()[:, 1].to(torch.uint16)
+            self.skips = None if stored == self.rows * groups else present.contiguous()
 
     def dense(self) -> Tensor:
         """The matrix [O, I] as float32."""
@@ -58,5 +62,5 @@ class GroupedMatrix:
 
     def arguments(self) -> tuple[int, ...]:
         """What the native side takes a matrix of this kind by."""
-        matrix = (pointer(self.codes), pointer(self.scale), pointer(self.zero), pointer(self.group), pointer(self.start))
+        matrix = (pointer(self.codes), pointer(self.scale), pointer(self.zero), pointer(self.skips), pointer(self.start))
         return *matrix, self.codes.shape[0], self.rows, self.columns, self.bits

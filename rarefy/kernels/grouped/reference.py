@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rarefy.kernels.bitmask.reference import mask_of
+
 GROUP = 32
 
 
@@ -27,9 +29,10 @@ def values_of(stored: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> 
 
 
 def unpack(stored: Tensor, scale: Tensor, zero: Tensor | None, present: Tensor, columns: int, bits: int) -> Tensor:
-    """The dense float32 matrix [O, I]; `present` bool [O, G] says which groups are stored, in row order."""
-    groups = torch.zeros(*present.shape, GROUP, device=stored.device)
-    groups[present] = values_of(stored, scale, zero, bits)
+    """The dense float32 matrix [O, I]; `present` uint8 [O, ceil(G / 8)] says which groups are stored, in row order."""
+    mask = mask_of(present, -(-columns // GROUP))
+    groups = torch.zeros(*mask.shape, GROUP, device=stored.device)
+    groups[mask] = values_of(stored, scale, zero, bits)
     return groups.flatten(1)[:, :columns]
 
 

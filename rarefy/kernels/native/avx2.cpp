@@ -14,10 +14,23 @@ struct Lanes {
 };
 constexpr Lanes lanes;
 
+// fronts[m][j]: the j-th lane whose bit is set in m; the lanes after the last one repeat lane 0.
+struct Fronts {
+  alignas(64) std::int32_t lane[256][8];
+  constexpr Fronts() : lane() {
+    for (int m = 0; m < 256; m++)
+      for (int j = 0, next = 0; j < 8; j++)
+        if (m >> j & 1) lane[m][next++] = j;
+  }
+};
+constexpr Fronts fronts;
+
 struct Avx2 {
   static constexpr int width = 8;
   using reg = __m256;
   static reg zero() { return _mm256_setzero_ps(); }
+  static reg set(float f) { return _mm256_set1_ps(f); }
+  static reg mul(reg a, reg b) { return _mm256_mul_ps(a, b); }
   static reg load(const float* p) { return _mm256_loadu_ps(p); }
   static __m256i first(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
   static reg load_part(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
@@ -42,11 +55,12 @@ struct Avx2 {
   static reg expand_part(const float* values, std::uint32_t bits) { return place(load_part(values, __builtin_popcount(bits)), bits); }
   static constexpr int groups = 1;
   static constexpr float offset8 = 128; // maddubs would saturate on large unsigned codes: take them as signed
-  static void halves(const std::uint16_t* p, int n, float* out) {
-    std::uint16_t half[kChunk] = {};
-    std::memcpy(half, p, n * sizeof(half[0]));
-    for (int i = 0; i < kChunk; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i))));
+  static reg half(const std::uint16_t* p, int n) {
+    std::uint16_t part[width] = {};
+    if (n < width) std::memcpy(part, p, n * sizeof(part[0])), p = part;
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
+  static reg compress(reg v, std::uint32_t bits) { return _mm256_permutevar8x32_ps(v, _mm256_load_si256(reinterpret_cast<const __m256i*>(fronts.lane[bits]))); }
   template <int Bits> static __m256i codes(const std::uint8_t* p, int) {
     if (Bits == 8) return _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_set1_epi8(char(0x80)));
     const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

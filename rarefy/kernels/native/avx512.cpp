@@ -8,6 +8,8 @@ struct Avx512 {
   static constexpr int width = 16;
   using reg = __m512;
   static reg zero() { return _mm512_setzero_ps(); }
+  static reg set(float f) { return _mm512_set1_ps(f); }
+  static reg mul(reg a, reg b) { return _mm512_mul_ps(a, b); }
   static reg load(const float* p) { return _mm512_loadu_ps(p); }
   static __mmask16 first(int n) { return __mmask16((1u << n) - 1); }
   static reg load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
@@ -19,9 +21,8 @@ struct Avx512 {
   static reg expand_part(const float* values, std::uint32_t bits) { return _mm512_maskz_expandloadu_ps(__mmask16(bits), values); }
   static constexpr int groups = 2;
   static constexpr float offset8 = 0;
-  static void halves(const std::uint16_t* p, int n, float* out) {
-    _mm512_storeu_ps(out, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p)));
-  }
+  static reg half(const std::uint16_t* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
+  static reg compress(reg v, std::uint32_t bits) { return _mm512_maskz_compress_ps(__mmask16(bits), v); }
   template <int Bits> static __m512i codes(const std::uint8_t* p, int n) {
     if (Bits == 8) return _mm512_maskz_loadu_epi32(n == 2 ? 0xffff : 0xff, p);
     const __m256i both = _mm256_maskz_loadu_epi32(n == 2 ? 0xff : 0xf, p);

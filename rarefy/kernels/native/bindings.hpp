@@ -21,6 +21,6 @@ inline void shape(rarefy::i64 rows, rarefy::i64 columns) {
 
 const rarefy::Kernels* in_use();
 rarefy::Bitmask bitmask_of(std::uintptr_t bits, std::uintptr_t starts, std::uintptr_t values, rarefy::i64 count, rarefy::i64 rows, rarefy::i64 columns);
-rarefy::Grouped grouped_of(std::uintptr_t codes, std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t group, std::uintptr_t starts, rarefy::i64 stored, rarefy::i64 rows,
+rarefy::Grouped grouped_of(std::uintptr_t codes, std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t present, std::uintptr_t starts, rarefy::i64 stored, rarefy::i64 rows,
                            rarefy::i64 columns, int bits);
 void bind_decoder(nanobind::module_& m);

@@ -42,9 +42,9 @@ struct Decoder {
   void bitmask(i64 layer, const std::string& where, Address bits, Address starts, Address values, i64 count, i64 rows, i64 columns, Address bias) {
     put(layer, where, bitmask_of(bits, starts, values, count, rows, columns), rows, columns, bias);
   }
-  void grouped(i64 layer, const std::string& where, Address codes, Address scale, Address zero, Address group, Address starts, i64 stored, i64 rows, i64 columns, int bits,
+  void grouped(i64 layer, const std::string& where, Address codes, Address scale, Address zero, Address present, Address starts, i64 stored, i64 rows, i64 columns, int bits,
                Address bias) {
-    put(layer, where, grouped_of(codes, scale, zero, group, starts, stored, rows, columns, bits), rows, columns, bias);
+    put(layer, where, grouped_of(codes, scale, zero, present, starts, stored, rows, columns, bits), rows, columns, bias);
   }
 
   void run(Address ids, Address sequences, Address positions, i64 count, Address keys, Address values, i64 batch, i64 capacity, Address wanted, i64 many, Address logits,

@@ -9,6 +9,15 @@ struct Plain {
     float lane[width];
   };
   static reg zero() { return {}; }
+  static reg set(float f) {
+    reg r;
+    for (float& v : r.lane) v = f;
+    return r;
+  }
+  static reg mul(reg a, const reg& b) {
+    for (int i = 0; i < width; i++) a.lane[i] *= b.lane[i];
+    return a;
+  }
   static reg load(const float* p) {
     reg r;
     std::memcpy(r.lane, p, sizeof r.lane);
@@ -45,13 +54,24 @@ struct Plain {
   struct qreg {
     std::uint8_t lane[kGroup];
   };
-  static void halves(const std::uint16_t* p, int n, float* out) {
-    for (int i = 0; i < n; i++) {
-      const std::uint32_t sign = std::uint32_t(p[i] & 0x8000) << 16, exponent = p[i] >> 10 & 31, fraction = p[i] & 1023;
-      std::uint32_t bits = exponent == 31 ? sign | 0x7f800000 | fraction << 13 : sign | (exponent + 112) << 23 | fraction << 13;
-      std::memcpy(out + i, &bits, 4);
-      if (exponent == 0) out[i] = (sign ? -1.0f : 1.0f) * std::ldexp(float(fraction), -24);
-    }
+  static float half(std::uint16_t h) {
+    const std::uint32_t sign = std::uint32_t(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
+    if (exponent == 0) return (sign ? -1.0f : 1.0f) * std::ldexp(float(fraction), -24);
+    const std::uint32_t bits = sign | (exponent == 31 ? 0x7f800000 : (exponent + 112) << 23) | fraction << 13;
+    float out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+  }
+  static reg half(const std::uint16_t* p, int n) {
+    reg r{};
+    for (int i = 0; i < n; i++) r.lane[i] = half(p[i]);
+    return r;
+  }
+  static reg compress(const reg& v, std::uint32_t bits) {
+    reg r{};
+    for (int i = 0, next = 0; i < width; i++)
+      if (bits >> i & 1) r.lane[next++] = v.lane[i];
+    return r;
   }
   template <int Bits> static qreg codes(const std::uint8_t* p, int) {
     qreg q;

@@ -27,7 +27,7 @@ struct Grouped {
   const std::uint8_t* codes;
   const std::uint16_t* scale; // [stored]
   const std::uint16_t* zero;  // [stored]; null: minus half the range of the codes, times the scale
-  const std::uint16_t* group; // [stored]: which input group, ascending in a row; null: every group is stored
+  const std::uint8_t* present; // [O, ceil(G / 8)]: a bit for each input group, low bit first; null: every group is stored
   const i64* start;           // [O + 1]: where the groups of each row begin
   i64 rows, columns;
   int bits; // 4 or 8

@@ -1,5 +1,5 @@
 // The loops of every kernel, written once over a vector type V; each instruction set instantiates them.
-//   V::width, V::reg, zero(), set(f), load(p), load_part(p, n), store(p, v), fma(a, b, c), sum(v)
+//   V::width, V::reg, zero(), set(f), load(p), load_part(p, n) (then zeros), store_part(p, v, n), add, mul, fma(a, b, c), sum(v)
 //   V::expand(values, bits): lane j is the next value where bit j is set, else 0; reads V::width values
 //   V::expand_part: the same, and reads no value past the last one set
 #pragma once
@@ -135,8 +135,6 @@ template <class V> void dense(const Dense& w, const float* x, const float* bias,
   over_batch(tile, w, x, bias, y, batch, from, to);
 }
 
-constexpr int kChunk = 16; // groups whose scales are prepared together
-
 template <class V> void round(const float* x, i64 batch, i64 columns, const Rounded& out) {
   for (i64 b = 0; b < batch; b++)
     for (i64 g = 0; g < out.groups; g++) {
@@ -157,62 +155,73 @@ template <class V> void round(const float* x, i64 batch, i64 columns, const Roun
     }
 }
 
-// One row of grouped weights against B rows of x. V::groups stored groups are decoded together and used B times.
+// One row of grouped weights against B rows of x. V::groups stored groups are decoded together and used B times; the scales of
+// V::width groups are converted and multiplied together before their codes are used.
+//   V::half(p, n): n float16 values, then zeros; V::compress(v, bits): the lanes whose bit is set, moved to the front
 //   V::codes<Bits>(p, n): n groups of codes in a register; V::dot(sum, codes, a, b, fa, fb): sum += fa * (codes . a), and fb, b for a second group
 //   V::offset8: what V::dot has taken off 8-bit codes already, so that they are signed
-template <class V, int Bits, int B> void grouped_row(const Grouped& w, i64 row, const Rounded& x, i64 first, float* y, float bias) {
+template <class V, int Bits, int B, bool Skip> void grouped_row(const Grouped& w, i64 row, const Rounded& x, i64 first, float* y, float bias) {
   using reg = typename V::reg;
   constexpr i64 bytes = kGroup * Bits / 8;
   constexpr float middle = Bits == 4 ? 8.0f : 128.0f - V::offset8;
-  reg sum[B];
-  float rest[B] = {};
-  for (int b = 0; b < B; b++) sum[b] = V::zero();
+  reg sum[B], rest[B];
   const std::int8_t* code[B];
   const float *scale[B], *total[B];
   for (int b = 0; b < B; b++) {
     const i64 at = (first + b) * x.groups;
     code[b] = x.code + at * kGroup, scale[b] = x.scale + at, total[b] = x.sum + at;
+    sum[b] = rest[b] = V::zero();
   }
-  for (i64 k = w.start[row]; k < w.start[row + 1]; k += kChunk) {
-    const int n = int(std::min<i64>(kChunk, w.start[row + 1] - k));
-    float ws[kChunk], wz[kChunk], f[B][kChunk];
-    i64 group[kChunk];
-    V::halves(w.scale + k, n, ws);
-    if (w.zero) {
-      V::halves(w.zero + k, n, wz);
-      if (Bits == 8)
-        for (int u = 0; u < n; u++) wz[u] += V::offset8 * ws[u];
-    } else
-      for (int u = 0; u < n; u++) wz[u] = -middle * ws[u];
-    for (int u = 0; u < n; u++) group[u] = w.group ? w.group[k + u] : k - w.start[row] + u;
-    for (int b = 0; b < B; b++)
-      for (int u = 0; u < n; u++) {
-        f[b][u] = ws[u] * scale[b][group[u]];
-        rest[b] += wz[u] * total[b][group[u]];
-      }
+  const std::uint8_t* present = Skip ? w.present + row * ((x.groups + 7) / 8) : nullptr;
+  i64 k = w.start[row]; // the next stored group
+  for (i64 g = 0; g < x.groups; g += V::width) {
+    const int left = int(std::min<i64>(V::width, x.groups - g));
+    std::uint32_t live = Skip ? bits_at<V>(present, g, (x.groups + 7) / 8) : (1u << left) - 1;
+    const int n = __builtin_popcount(live);
+    if (Skip && n == 0) continue;
+    const reg ws = V::half(w.scale + k, n);
+    reg wz;
+    if (w.zero)
+      wz = Bits == 8 && V::offset8 != 0 ? V::fma(V::set(V::offset8), ws, V::half(w.zero + k, n)) : V::half(w.zero + k, n);
+    else
+      wz = V::mul(V::set(-middle), ws);
+    alignas(64) float f[B][V::width];
+    for (int b = 0; b < B; b++) {
+      reg xs = V::load_part(scale[b] + g, left), xz = V::load_part(total[b] + g, left);
+      if (Skip) xs = V::compress(xs, live), xz = V::compress(xz, live);
+      V::store_part(f[b], V::mul(ws, xs), V::width);
+      rest[b] = V::fma(wz, xz, rest[b]);
+    }
     const std::uint8_t* at = w.codes + k * bytes;
-    prefetch(at), prefetch(at + 64), prefetch(at + 128), prefetch(at + 192);
+    for (i64 line = 0; line < n * bytes; line += 64) prefetch(at + line);
+    k += n;
     for (int u = 0; u < n; u += V::groups) {
-      const int v = V::groups == 2 && u + 1 < n ? u + 1 : u;
-      const auto q = V::template codes<Bits>(at + u * bytes, v - u + 1);
-      for (int b = 0; b < B; b++)
-        sum[b] = V::dot(sum[b], q, code[b] + group[u] * kGroup, code[b] + group[v] * kGroup, f[b][u], v > u ? f[b][v] : 0.0f, Bits == 8);
+      const bool two = V::groups == 2 && u + 1 < n;
+      const i64 a = (g + (Skip ? __builtin_ctz(live) : u)) * kGroup;
+      if (Skip) live &= live - 1;
+      const i64 c = two ? (g + (Skip ? __builtin_ctz(live) : u + 1)) * kGroup : a;
+      if (Skip && two) live &= live - 1;
+      const auto q = V::template codes<Bits>(at + u * bytes, two ? 2 : 1);
+      for (int b = 0; b < B; b++) sum[b] = V::dot(sum[b], q, code[b] + a, code[b] + c, f[b][u], two ? f[b][u + 1] : 0.0f, Bits == 8);
     }
   }
-  for (int b = 0; b < B; b++) y[(first + b) * w.rows + row] = V::sum(sum[b]) + rest[b] + bias;
+  for (int b = 0; b < B; b++) y[(first + b) * w.rows + row] = V::sum(sum[b]) + V::sum(rest[b]) + bias;
 }
 
-template <class V, int Bits> void grouped_rows(const Grouped& w, const Rounded& x, const float* bias, float* y, i64 batch, i64 from, i64 to) {
+template <class V, int Bits, bool Skip> void grouped_rows(const Grouped& w, const Rounded& x, const float* bias, float* y, i64 batch, i64 from, i64 to) {
   for (i64 row = from; row < to; row++) {
     const float add = bias ? bias[row] : 0.0f;
     i64 b = 0;
-    for (; b + 4 <= batch; b += 4) grouped_row<V, Bits, 4>(w, row, x, b, y, add);
-    for (; b < batch; b++) grouped_row<V, Bits, 1>(w, row, x, b, y, add);
+    for (; b + 4 <= batch; b += 4) grouped_row<V, Bits, 4, Skip>(w, row, x, b, y, add);
+    for (; b < batch; b++) grouped_row<V, Bits, 1, Skip>(w, row, x, b, y, add);
   }
 }
 
 template <class V> void grouped(const Grouped& w, const Rounded& x, const float* bias, float* y, i64 batch, i64 from, i64 to) {
-  (w.bits == 4 ? grouped_rows<V, 4> : grouped_rows<V, 8>)(w, x, bias, y, batch, from, to);
+  if (w.bits == 4)
+    (w.present ? grouped_rows<V, 4, true> : grouped_rows<V, 4, false>)(w, x, bias, y, batch, from, to);
+  else
+    (w.present ? grouped_rows<V, 8, true> : grouped_rows<V, 8, false>)(w, x, bias, y, batch, from, to);
 }
 
 template <class V> void bitmask_unpack(const Bitmask& w, float* dense, i64 from, i64 to) {

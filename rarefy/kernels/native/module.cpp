@@ -66,10 +66,10 @@ void bitmask_unpack(std::uintptr_t bits, std::uintptr_t starts, std::uintptr_t v
   parallel(rows, threads, rows * columns, [&](i64 from, i64 to) { current->bitmask_unpack(w, out, from, to); });
 }
 
-void grouped_linear(std::uintptr_t codes, std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t group, std::uintptr_t starts, i64 stored, i64 rows, i64 columns,
+void grouped_linear(std::uintptr_t codes, std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t present, std::uintptr_t starts, i64 stored, i64 rows, i64 columns,
                     int bits, std::uintptr_t x, std::uintptr_t bias, std::uintptr_t y, i64 batch, int threads) {
   need(batch >= 0, "a batch is not negative");
-  const Grouped w = grouped_of(codes, scale, zero, group, starts, stored, rows, columns, bits);
+  const Grouped w = grouped_of(codes, scale, zero, present, starts, stored, rows, columns, bits);
   if (batch == 0) return;
   const float* in = at<const float>(x, "x");
   float* out = at<float>(y, "y");
@@ -106,7 +106,7 @@ Bitmask bitmask_of(std::uintptr_t bits, std::uintptr_t starts, std::uintptr_t va
   return {at<const std::uint8_t>(bits, "bits"), start, at<const float>(values, "values"), rows, columns};
 }
 
-Grouped grouped_of(std::uintptr_t codes, std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t group, std::uintptr_t starts, i64 stored, i64 rows, i64 columns,
+Grouped grouped_of(std::uintptr_t codes, std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t present, std::uintptr_t starts, i64 stored, i64 rows, i64 columns,
                    int bits) {
   shape(rows, columns);
   need(bits == 4 || bits == 8, "codes have 4 or 8 bits");
@@ -115,7 +115,7 @@ Grouped grouped_of(std::uintptr_t codes, std::uintptr_t scale, std::uintptr_t ze
   return {at<const std::uint8_t>(codes, "codes"),
           at<const std::uint16_t>(scale, "scale"),
           zero ? at<const std::uint16_t>(zero, "zero") : nullptr,
-          group ? at<const std::uint16_t>(group, "group") : nullptr,
+          present ? at<const std::uint8_t>(present, "present") : nullptr,
           start,
           rows,
           columns,
