@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from rarefy.hub import lazy as _lazy
 
 if TYPE_CHECKING:
+    from rarefy.activations.attach import attach_gates as attach_gates
+    from rarefy.core.ambient import Ambient as Ambient
     from rarefy.core.discover import load_plugin as load_plugin
     from rarefy.core.discover import methods as methods
     from rarefy.core.discover import recipes as recipes
@@ -38,6 +40,8 @@ __version__ = "0.1.0.dev0"
 _lazy.install()
 
 _WHERE = {
+    "attach_gates": "activations.attach",
+    "Ambient": "core.ambient",
     "load_plugin": "core.discover",
     "methods": "core.discover",
     "recipes": "core.discover",
