@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from rarefy.core.errors import BadInput
 from rarefy.hub.load import load
 from rarefy.hub.packed import PackedLinear, save_packed
 from rarefy.hub.plan import Layer
@@ -83,3 +84,21 @@ def test_the_decoder_reads_a_packed_folder(tmp_path: Path) -> None:
             got = use_decoder(packed)(ids, use_cache=True).logits
         assert packed.rarefy_decoder is not None and isinstance(packed.model.layers[0].mlp.up_proj, PackedLinear)
         assert (got - rounded).norm() / rounded.norm() < (1e-5 if layout == "bitmask" else 0.05)
+
+
+def test_a_head_in_another_layout_changes_the_logits_a_little_and_says_so() -> None:
+    from rarefy.hub.engines import use_engine
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "tie_word_embeddings": True}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, max_position_embeddings=64)).eval()
+    ids = torch.randint(1, 61, (1, 9))
+    with torch.no_grad():
+        want = model(ids).logits
+        assert use_engine(model, "native", "int8").endswith("head int8")
+        error = (model(ids, use_cache=True).logits - want).norm() / want.norm()
+    assert 1e-5 < error < 0.02
+    with pytest.raises(BadInput, match="layout 'int3': known are bitmask"):
+        use_engine(model, "native", "int3")
+    with pytest.raises(BadInput, match="head 'int8' with transformers"):
+        use_engine(model, "transformers", "int8")

@@ -21,13 +21,14 @@ def generate(
     tokens: Annotated[int, typer.Option(help="New tokens.", min=1)] = 64,
     runs: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 3,
     engine: Annotated[str, typer.Option(help="native, transformers, or auto: native where the model allows it.")] = "auto",
+    head: Annotated[str | None, typer.Option(help="Layout of the output head while decoding natively, e.g. int8; default: as stored.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Load in this dtype; default: as stored.")] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Greedy text with its speed and its memory."""
     loaded = load(model, dtype=dtype, device=device)
-    record = run(loaded.model, need_tokenizer(loaded), prompt, tokens=tokens, runs=runs, engine=engine)
+    record = run(loaded.model, need_tokenizer(loaded), prompt, tokens=tokens, runs=runs, engine=engine, head=head)
     if record["warning"]:
         err.print(f"warning: {record['warning']}")
     show({**record, "model": model}, as_json, lambda r: _draw(prompt, r))

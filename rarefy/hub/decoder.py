@@ -11,9 +11,11 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from rarefy.core.attach import plain_type
+from rarefy.core.discover import pick
 from rarefy.core.errors import BadInput, Refused
 from rarefy.hub.packed import PackedLinear
 from rarefy.kernels.dense import DenseMatrix
+from rarefy.layouts import LAYOUTS
 from rarefy.runtime.decoder import Block, Decoder, KeyValues, Sizes
 
 # {config field: what it must be}; anything else changes what a layer computes, and is refused by name.
@@ -65,12 +67,16 @@ class DecoderCache(Cache):
         raise Refused("assisted generation", "the decoder's cache does not take tokens back", "generate without an assistant model")
 
 
-def use_decoder(model: PreTrainedModel) -> PreTrainedModel:
+def use_decoder(model: PreTrainedModel, head: str | None = None) -> PreTrainedModel:
     """Let the model's cached forwards, and so `generate`, run in native code, in place.
 
     Calls without a cache (scoring, training) run through transformers as before. Sampling, stopping, streaming, beams and
     batches of prompts are transformers' own. The weights are read where they lie: changing them in place changes the results,
     replacing them does not.
+
+    Args:
+        head: a layout (int8, say) that the output head is stored in for decoding; None keeps it as it is. A head that is tied to
+            the embedding stays float32 on disk, and is what a small model spends most of its decoding on.
 
     Returns:
         The model; `model.rarefy_decoder` is the `Decoder`.
@@ -79,7 +85,7 @@ def use_decoder(model: PreTrainedModel) -> PreTrainedModel:
         BadInput: an architecture, config field or layer outside what the native code computes; it is named.
         Refused: without native kernels.
     """
-    decoder = build(model)
+    decoder = build(model, head)
     model.__dict__["rarefy_decoder"] = decoder
     model.__dict__["forward"] = _forward(decoder, model.forward)
     return model
@@ -120,7 +126,7 @@ def _last(mask: Tensor, columns: int) -> Tensor:
     return mask[:, -columns:]
 
 
-def build(model: Any) -> Decoder:
+def build(model: Any, head: str | None = None) -> Decoder:
     """The `Decoder` of a model; see `use_decoder`."""
     config = model.config
     _whitelisted(model, config)
@@ -137,7 +143,7 @@ def build(model: Any) -> Decoder:
         [_block(layer, f"model.layers.{number}") for number, layer in enumerate(inside.layers)],
         inside.embed_tokens.weight.detach(),
         inside.norm.weight.detach(),
-        _matrix(model.lm_head, "lm_head")[0],
+        _head(model.lm_head, head),
         cos[0, :, :half].float().contiguous(),
         sin[0, :, :half].float().contiguous(),
     )
@@ -161,6 +167,13 @@ def _block(layer: Any, path: str) -> Block:
     modules = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "o": attention.o_proj, "gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj}
     linears = {name: _matrix(module, f"{path} {name}") for name, module in modules.items()}
     return Block(linears, layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach())
+
+
+def _head(module: Any, layout: str | None) -> Any:
+    if layout is None:
+        return _matrix(module, "lm_head")[0]
+    chosen, weight = pick(LAYOUTS, layout, "layout"), module.weight.detach()
+    return chosen.matrix(chosen.pack(weight), tuple(weight.shape), weight.dtype)
 
 
 def _matrix(module: Any, where: str) -> tuple[Any, Tensor | None]:

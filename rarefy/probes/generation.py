@@ -16,12 +16,12 @@ from rarefy.probes.perplexity import model_name
 from rarefy.probes.timers import busy
 
 
-def generate(model: Any, tokenizer: Any, prompt: str, *, tokens: int = 64, runs: int = 3, engine: str = "transformers") -> dict[str, Any]:
+def generate(model: Any, tokenizer: Any, prompt: str, *, tokens: int = 64, runs: int = 3, engine: str = "transformers", head: str | None = None) -> dict[str, Any]:
     """Generate greedily and time it.
 
     Args:
         model, tokenizer: a causal LM of transformers.
-        prompt: not empty. tokens: new tokens, fewer where the model ends its text. engine: see `use_engine`. runs: timed rounds, the median counts.
+        prompt: not empty. tokens: new tokens, fewer where the model ends its text. engine, head: see `use_engine`. runs: timed rounds, the median counts.
 
     Returns:
         {model, engine, text, tokens, prefill_tokens_per_s, decode_tokens_per_s, decode_spread: [slowest, fastest],
@@ -36,7 +36,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, tokens: int = 64, runs:
     room = getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + tokens
     if not ids.numel() or tokens < 1 or ids.shape[1] + tokens > room:
         raise BadInput(f"a prompt of {ids.numel()} tokens and {tokens} new ones", f"the prompt is not empty and all fit the model's {room} positions")
-    running = use_engine(model, engine)
+    running = use_engine(model, engine, head)
     warning = busy()
     timed = [_run(model, ids, tokens) for _ in range(runs)]
     prefill = statistics.median(t[0] for t in timed)
