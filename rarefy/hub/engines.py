@@ -8,6 +8,7 @@ from typing import Any
 from rarefy.core.discover import pick
 from rarefy.core.errors import BadInput, Refused
 from rarefy.kernels.library import describe
+from rarefy.layouts import LAYOUTS
 
 
 def _native(model: Any, head: str | None) -> str:
@@ -43,4 +44,6 @@ def use_engine(model: Any, name: str = "auto", head: str | None = None) -> str:
         BadInput: no such engine, or (native) a model that the native code does not compute.
         Refused: (native) without native kernels.
     """
+    if head is not None:
+        pick(LAYOUTS, head, "layout")
     return pick(ENGINES, name, "engine")(model, head)
