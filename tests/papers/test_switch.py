@@ -148,3 +148,14 @@ def test_small_init_has_the_papers_scale() -> None:
     std = (0.1 / 64) ** 0.5
     assert bank.down_proj.abs().max() <= 2 * std
     assert bank.down_proj.std().item() == pytest.approx(0.88 * std, rel=0.02)
+
+
+def test_expert_dropout_is_inside_the_experts_and_in_training_only() -> None:
+    torch.manual_seed(0)
+    bank = GLU(2, 16, 4000, dropout=0.4)
+    both = torch.randn(1, 8000)
+    whole = bank.eval()._gated(both)
+    dropped = bank.train()._gated(both)
+    kept = dropped != 0
+    assert abs(float(kept.float().mean()) - 0.6) < 0.03
+    torch.testing.assert_close(dropped[kept], whole[kept] / 0.6)

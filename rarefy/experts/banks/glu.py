@@ -17,7 +17,8 @@ from rarefy.experts.split import Expert, Split, slices
 class GLU(Bank):
     """Run expert e as ``down_e (act(gate_e x) * up_e x)``, with gate and up stacked.
 
-    gate_up_proj [E, 2I, H], down_proj [E, H, I]; rows [n, H] -> [n, H].
+    gate_up_proj [E, 2I, H], down_proj [E, H, I]; rows [n, H] -> [n, H]. `dropout` is the share of inner activations that
+    training sets to zero (Switch Transformers fine-tunes with 0.4 there and 0.1 elsewhere).
 
     >>> bank = GLU(3, 4, 8)
     >>> x = torch.ones(2, 4)
@@ -25,15 +26,16 @@ class GLU(Bank):
     True
     """
 
-    def __init__(self, experts: int, width: int, inner: int, act: Callable[[Tensor], Tensor] = F.silu) -> None:
+    def __init__(self, experts: int, width: int, inner: int, act: Callable[[Tensor], Tensor] = F.silu, dropout: float = 0.0) -> None:
         super().__init__()
-        self.experts, self.act = experts, act
+        self.experts, self.act, self.dropout = experts, act, nn.Dropout(dropout)
         self.gate_up_proj = nn.Parameter(torch.randn(experts, 2 * inner, width) / width**0.5)
         self.down_proj = nn.Parameter(torch.randn(experts, width, inner) / inner**0.5)
 
     def _gated(self, both: Tensor) -> Tensor:
         gate, up = both.chunk(2, -1)
-        return self.act(gate) * up
+        inner: Tensor = self.dropout(self.act(gate) * up)
+        return inner
 
     def split(self) -> Split:
         """One function [n, H] -> [n, H] per expert."""

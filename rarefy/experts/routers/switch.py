@@ -29,7 +29,7 @@ class Switch(Choice):
         "switch",
         "Switch Transformers: Scaling to Trillion Parameter Models with Simple and Efficient Sparsity",
         "arXiv 2101.03961",
-        ("expert dropout and distillation to a dense model are not built in", "the card's comparison with a dense language model of equal compute was not run"),
+        ("distillation to a dense model is not built in",),
     )
 
     def __call__(self, scores: Scores, context: Context) -> Routing:
