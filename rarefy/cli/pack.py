@@ -17,8 +17,10 @@ from rarefy.cli.prune import need_tokenizer
 from rarefy.core.errors import BadInput
 from rarefy.core.roles import Gate
 from rarefy.hub.atomic import check_target
+from rarefy.hub.cache import cache_dir
 from rarefy.hub.packed import save_packed
 from rarefy.hub.text import calibration_batches
+from rarefy.runtime.choose import Chooser
 
 EPILOG = "Examples:  rarefy pack half --out half-packed   ·   rarefy pack half --gate threshold:density=0.5 --gate-at '*.mlp.down_proj' --out gated"
 
@@ -27,7 +29,10 @@ EPILOG = "Examples:  rarefy pack half --out half-packed   ·   rarefy pack half 
 def pack(
     model: Model,
     out: Out,
-    layout: Annotated[str, typer.Option(help="How the sparse matrices are stored.")] = "bitmask",
+    layout: Annotated[
+        str, typer.Option(help="How the sparse matrices are stored: bitmask, int8, int4, int4-asymmetric, …; auto times the lossless ones on this machine.")
+    ] = "bitmask",
+    batch: Annotated[str, typer.Option(help="With --layout auto: rows of x to be fast at, e.g. 1,64.")] = "1",
     gate: Annotated[str | None, typer.Option(help="Zero small activations in every forward: topk:density=0.5 or threshold:density=0.5.")] = None,
     gate_at: Annotated[list[str] | None, typer.Option(help="Gate the inputs of the modules that match this glob; may be repeated.")] = None,
     calibration: Calibration = None,
@@ -47,9 +52,17 @@ def pack(
     if chosen is not None:
         batches = calibration_batches(need_tokenizer(loaded), calibration_tokens, seed=seed, path=calibration)
         kept = attach_gates(loaded.model, chosen, gate_at or (), batches)
-    record = save_packed(loaded.model, loaded.tokenizer, out, layout, force=force)
+    chosen_layout = Chooser(_batches(batch), cache_dir() / "layouts.json") if layout == "auto" else layout
+    record = save_packed(loaded.model, loaded.tokenizer, out, chosen_layout, force=force)
     gates = [{**entry, "density": kept[entry["name"]]} for entry in record["gates"]]
     show({**record, "gates": gates, "model": model, "out": out}, as_json, _draw)
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise BadInput(f"batch {text!r}", "batches are whole numbers above 0, separated by commas", "pass for example --batch 1,64")
+    return tuple(int(part) for part in parts)
 
 
 def _gate(text: str) -> Gate:
@@ -61,5 +74,7 @@ def _gate(text: str) -> Gate:
 
 def _draw(r: dict[str, Any]) -> None:
     line(f"{r['packed']} of {len(r['sites'])} matrices packed: {megabytes(r['bytes_dense'])} became {megabytes(r['bytes_stored'])}; written to {r['out']}")
+    for reason in sorted({s["dense_because"] for s in r["sites"] if s["dense_because"]}):
+        line(f"dense: {sum(s['dense_because'] == reason for s in r['sites'])} matrices, {reason}")
     for gate in r["gates"]:
         line(f"gate {gate['gate']} on {gate['name']}: {text(gate['density'])} of its calibration activations stay")

@@ -21,6 +21,7 @@ from rarefy.hub.plan import DTYPES, Layer, Plan, edit_dict, gate_dict
 from rarefy.hub.tensors import INDEX, Stored, digest, read_json, stored
 from rarefy.layouts import LAYOUTS
 from rarefy.layouts.flat import Flat
+from rarefy.runtime.choose import DENSE, Chooser
 from rarefy.surgery.narrow import edits, replay, widen
 from rarefy.weights.sites import find_sites
 
@@ -114,12 +115,13 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def save_packed(model: Any, tokenizer: Any, out: str | Path, layout: str = "bitmask", *, force: bool = False, max_shard_size: str | int = "50GB") -> dict[str, Any]:
+def save_packed(model: Any, tokenizer: Any, out: str | Path, layout: str | Chooser = "bitmask", *, force: bool = False, max_shard_size: str | int = "50GB") -> dict[str, Any]:
     """Save a transformers model with its sparse layers packed, its gates and its edits; the model itself is left as it was.
 
     A Linear or Conv1D is packed where that is smaller than the dense tensor. A gated one is packed in any case, `flat`
     where nothing is smaller, so that transformers without rarefy cannot run it dense. The others stay dense, and the
-    record says why.
+    record says why. With a `Chooser` in place of a layout's name, each matrix is stored in the lossless layout that is
+    fastest on this machine, and stays dense where the dense product is.
 
     Returns:
         The record: layout, bytes before and after, gates, edits, and per site its density, layout, bytes, relative error and the reason where it stays dense.
@@ -128,7 +130,7 @@ def save_packed(model: Any, tokenizer: Any, out: str | Path, layout: str = "bitm
         BadInput: unknown layout, or a model that is already quantised.
         Refused: the plan does not rebuild the live model; a view is attached; as `rarefy.hub.atomic.check_target`.
     """
-    if layout not in LAYOUTS:
+    if isinstance(layout, str) and layout not in LAYOUTS:
         raise BadInput(f"layout {layout!r}", f"known layouts are {', '.join(LAYOUTS)}", "pass one of them")
     try:
         from rarefy.hub.quantizer import RarefyConfig
@@ -148,7 +150,7 @@ def save_packed(model: Any, tokenizer: Any, out: str | Path, layout: str = "bitm
     plan = Plan(layers, edits(model), gates)
     rebuilds(model, plan)
     record = {
-        "layout": layout,
+        "layout": layout if isinstance(layout, str) else "auto",
         "bytes_dense": sum(s["bytes_dense"] for s in sites),
         "bytes_stored": sum(s["bytes"] for s in sites),
         "packed": len(layers),
@@ -203,11 +205,12 @@ def _shared(model: nn.Module, module: Any) -> bool:
     return sum(p is module.weight for m in model.modules() for p in m._parameters.values()) > 1
 
 
-def _pack(path: str, module: Any, layout: str, must: bool, shared: bool) -> tuple[Layer | None, Tensor, dict[str, Any]]:
+def _pack(path: str, module: Any, chosen: str | Chooser, must: bool, shared: bool) -> tuple[Layer | None, Tensor, dict[str, Any]]:
     weight = matrix(module)
     before = weight.numel() * weight.element_size()
+    layout, because = (chosen, None) if isinstance(chosen, str) else _fastest(chosen, weight)
     packed = LAYOUTS[layout].pack(weight)
-    reason = "its tensor is shared" if shared else "packed it would be no smaller" if packed.numel() >= before else None
+    reason = "its tensor is shared" if shared else because or ("packed it would be no smaller" if packed.numel() >= before else None)
     if must and shared:
         raise Refused(f"the gate on {path}", "its tensor is shared, so that it cannot be stored packed, and plain transformers would run it dense", "untie it or detach the gate")
     if must and reason is not None:
@@ -217,6 +220,12 @@ def _pack(path: str, module: Any, layout: str, must: bool, shared: bool) -> tupl
         return None, packed, {**site, "layout": None, "bytes": before, "error": 0.0}
     layer = Layer.of(weight, packed, layout)
     return layer, packed, {**site, "layout": layout, "bytes": packed.numel(), "error": _error(weight, layer, packed)}
+
+
+def _fastest(chooser: Chooser, weight: Tensor) -> tuple[str, str | None]:
+    """A layout, and why the matrix stays dense or None."""
+    choice = chooser(weight.contiguous())
+    return (Flat.name, choice.because) if choice.layout == DENSE else (choice.layout, None)
 
 
 def _error(weight: Tensor, layer: Layer, packed: Tensor) -> float:
