@@ -49,7 +49,7 @@ class NofM(Layout):
         w = weight.detach()
         shape = (w.shape[0], w.shape[1])
         found = [(max(1, int(_grouped(w, m).count_nonzero(-1).max())) if w.numel() else 1, m) for m in self.groups]
-        n, m = min(found, key=lambda nm: self._bytes(shape, *nm, w.dtype))
+        n, m = min(found, key=lambda nm: self._bytes(shape, nm[0], nm[1], w.dtype))
         groups = _grouped(w, m)
         zero = groups == 0
         chosen = zero.to(torch.uint8).sort(dim=-1, stable=True).indices[..., :n]  # the kept ones first, in their order

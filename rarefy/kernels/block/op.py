@@ -39,7 +39,8 @@ class BlockMatrix:
             self._index()
 
     def _index(self) -> None:
-        parts = -(-(-(-self.columns // self.width)) // max(1, PART // self.width))
+        wide = -(-self.columns // self.width)
+        parts = -(-wide // max(1, PART // self.width))
         self.start = torch.empty(self.counts.numel() * parts + 1, dtype=torch.int64)
         sizes = self.values.shape[0], pointer(self.start), self.rows, self.columns, self.height, self.width
         try:

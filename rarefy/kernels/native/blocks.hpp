@@ -165,6 +165,14 @@ template <class V, int R, int N, int Chains, bool One> void tile_rows(const Bloc
     }
 }
 
+constexpr i64 kRows = 256; // rows of blocks whose parts are visited in turn: their weights lie on pages that are still mapped at the next part
+
+// A narrow tile has room for more parts in the first cache; where rows hold little, fewer and longer visits to each are cheaper.
+inline i64 parts_together(const Blocks& w, int lanes) {
+  const i64 stored = w.start[w.high() * w.parts()], room = kColumns / lanes;
+  return std::max<i64>(room, std::min<i64>(room * 8, 32 * w.high() * w.parts() / std::max<i64>(stored, 1)));
+}
+
 template <class V, int Lanes> void tile(const Blocks& w, const float* x, const float* bias, float* y, i64 from, i64 to) {
   constexpr int all = Lanes / V::width, room = V::registers / 2;
   constexpr int one = std::min(all, room), four = std::min(all, room / 4);
@@ -173,22 +181,25 @@ template <class V, int Lanes> void tile(const Blocks& w, const float* x, const f
   const i64 parts = w.parts();
   for (i64 at = from * w.height; at < to * w.height; at++)
     for (int i = 0; i < Lanes; i++) y[at * Lanes + i] = bias && at < w.rows ? bias[at] : 0.0f;
-  for (i64 part = 0; part < parts; part++)
-    for (i64 row = from; row < to; row++) {
-      const i64 k = w.start[row * parts + part], end = w.start[row * parts + part + 1];
-      const i64 ahead = w.start[std::min(row + 8, to - 1) * parts + part];
-      __builtin_prefetch(w.index + ahead);
-      for (i64 i = 0; i < end - k; i += 16) __builtin_prefetch(w.values + ahead * w.width * w.height + i);
-      if (k == end) continue;
-      i64 r = 0;
-      float* out = y + row * w.height * Lanes;
-      for (; r + 4 <= w.height; r += 4)
-        for (int i = 0; i < Lanes; i += four * V::width)
-          (plain && w.height == 4 ? tile_rows<V, 4, four, chains4, true> : tile_rows<V, 4, four, 1, false>)(w, k, end, r, x + i, out + r * Lanes + i, Lanes);
-      for (; r < w.height; r++)
-        for (int i = 0; i < Lanes; i += one * V::width)
-          (plain && w.height == 1 ? tile_rows<V, 1, one, chains, true> : tile_rows<V, 1, one, 1, false>)(w, k, end, r, x + i, out + r * Lanes + i, Lanes);
-    }
+  const i64 together = parts_together(w, Lanes);
+  const auto visit = [&](i64 part, i64 row) {
+    const i64 k = w.start[row * parts + part], end = w.start[row * parts + std::min(part + together, parts)];
+    const i64 ahead = w.start[std::min(row + 8, to - 1) * parts + part];
+    __builtin_prefetch(w.index + ahead);
+    for (i64 i = 0; i < (end - k) * w.width * w.height; i += 16) __builtin_prefetch(w.values + ahead * w.width * w.height + i);
+    if (k == end) return;
+    float* out = y + row * w.height * Lanes;
+    i64 r = 0;
+    for (; r + 4 <= w.height; r += 4)
+      for (int i = 0; i < Lanes; i += four * V::width)
+        (plain && w.height == 4 ? tile_rows<V, 4, four, chains4, true> : tile_rows<V, 4, four, 1, false>)(w, k, end, r, x + i, out + r * Lanes + i, Lanes);
+    for (; r < w.height; r++)
+      for (int i = 0; i < Lanes; i += one * V::width)
+        (plain && w.height == 1 ? tile_rows<V, 1, one, chains, true> : tile_rows<V, 1, one, 1, false>)(w, k, end, r, x + i, out + r * Lanes + i, Lanes);
+  };
+  for (i64 top = from; top < to; top += kRows)
+    for (i64 part = 0; part < parts; part += together)
+      for (i64 row = top; row < std::min(top + kRows, to); row++) visit(part, row);
 }
 
 template <class V> void blocks_tile(const Blocks& w, const float* x, const float* bias, float* y, int lanes, i64 from, i64 to) {
