@@ -11,8 +11,8 @@ from rarefy.kernels.block import reference
 from rarefy.kernels.library import native, pointer, suits
 
 PART = 128  # columns of a row that are counted apart: kPart of kernels.hpp
-MOST = 256  # rows or columns of a block
-DENSER = 0.75  # the share of stored weights from which many rows of x are multiplied by the unpacked matrix
+MOST = 256  # rows or columns of a block; rows of x above which a dense matrix is worth unpacking
+DENSER = 0.5  # the share of stored weights from which many rows of x are multiplied by the unpacked matrix
 
 
 class BlockMatrix:

@@ -123,8 +123,8 @@ template <class V> void blocks(const Blocks& w, const float* x, const float* bia
     }
 }
 
-// R rows of a row of blocks against N vectors of rows of x; `Chains` sums that do not wait for each other.
-template <class V, int R, int N, int Chains, bool One> void tile_rows(const Blocks& w, i64 from, i64 to, i64 row, const float* x, float* y, int lanes) {
+// R rows of a row of blocks against N vectors of a tile `lanes` wide; `Chains` sums that do not wait for each other.
+template <class V, int R, int N, int Chains, bool One, int lanes> void tile_rows(const Blocks& w, i64 from, i64 to, i64 row, const float* x, float* y) {
   using reg = typename V::reg;
   reg sum[Chains][R][N];
 #pragma GCC unroll 16
@@ -192,10 +192,10 @@ template <class V, int Lanes> void tile(const Blocks& w, const float* x, const f
     i64 r = 0;
     for (; r + 4 <= w.height; r += 4)
       for (int i = 0; i < Lanes; i += four * V::width)
-        (plain && w.height == 4 ? tile_rows<V, 4, four, chains4, true> : tile_rows<V, 4, four, 1, false>)(w, k, end, r, x + i, out + r * Lanes + i, Lanes);
+        (plain && w.height == 4 ? tile_rows<V, 4, four, chains4, true, Lanes> : tile_rows<V, 4, four, 1, false, Lanes>)(w, k, end, r, x + i, out + r * Lanes + i);
     for (; r < w.height; r++)
       for (int i = 0; i < Lanes; i += one * V::width)
-        (plain && w.height == 1 ? tile_rows<V, 1, one, chains, true> : tile_rows<V, 1, one, 1, false>)(w, k, end, r, x + i, out + r * Lanes + i, Lanes);
+        (plain && w.height == 1 ? tile_rows<V, 1, one, chains, true, Lanes> : tile_rows<V, 1, one, 1, false, Lanes>)(w, k, end, r, x + i, out + r * Lanes + i);
   };
   for (i64 top = from; top < to; top += kRows)
     for (i64 part = 0; part < parts; part += together)
