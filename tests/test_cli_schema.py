@@ -17,7 +17,7 @@ from rarefy.cli.main import main
 jsonschema = pytest.importorskip("jsonschema")
 transformers = pytest.importorskip("transformers")
 SCHEMAS = Path(__file__).parent.parent / "docs" / "schema"
-VERBS = ("prune", "eval", "generate", "compare", "optimize", "catalogue")
+VERBS = ("prune", "eval", "generate", "compare", "optimize", "catalogue", "bench")
 
 
 def model_folder(folder: Path) -> str:
@@ -48,6 +48,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "compare": [tiny, "--recipes", "magnitude", "--patterns", "default,2:4", *calibration, *text],
         "optimize": [tiny, "--max-loss", "1%", "--out", str(folder / "small"), *calibration, *text],
         "catalogue": [],
+        "bench": ["--layout", "bitmask,n_m@2:4", "--shape", "8x64", "--memory", "100000", "--rounds", "5"],
     }
     found = {}
     for verb, arguments in commands.items():

@@ -144,9 +144,16 @@ void n_of_m_unpack(Address values, Address positions, i64 rows, i64 columns, int
   nb::gil_scoped_release release;
   parallel(rows, threads, rows * columns, [&](i64 from, i64 to) {
     std::fill(out + from * columns, out + to * columns, 0.0f);
-    for (i64 row = from; row < to; row++)
-      for (i64 slot = 0; slot < w.slots(); slot++)
-        out[row * columns + slot / n * m + w.position(w.positions + row * w.bytes(), slot)] += w.values[row * w.slots() + slot];
+    const i64 slots = w.slots();
+    for (i64 row = from; row < to; row++) {
+      float* group = out + row * columns;
+      std::uint32_t eight = 0;
+      for (i64 slot = 0, filled = 0; slot < slots; slot++, eight >>= w.bits, filled++) {
+        if (slot % 8 == 0) eight = w.eight(w.positions + row * w.bytes(), slot);
+        if (filled == n) filled = 0, group += m;
+        group[eight & ((1u << w.bits) - 1)] += w.values[row * slots + slot];
+      }
+    }
   });
 }
 

@@ -57,11 +57,12 @@ struct NofM {
   int n, m, bits;
   i64 slots() const { return (columns + m - 1) / m * n; }
   i64 bytes() const { return (slots() + 7) / 8 * bits; }
-  int position(const std::uint8_t* row, i64 slot) const {
-    std::uint32_t eight = 0;
-    for (int i = 0; i < bits; i++) eight |= std::uint32_t(row[slot / 8 * bits + i]) << 8 * i;
-    return int(eight >> slot % 8 * bits & ((1u << bits) - 1));
+  std::uint32_t eight(const std::uint8_t* row, i64 slot) const { // the positions of slot and of the other seven that share its bytes
+    std::uint32_t all = 0;
+    for (int i = 0; i < bits; i++) all |= std::uint32_t(row[slot / 8 * bits + i]) << 8 * i;
+    return all;
   }
+  int position(const std::uint8_t* row, i64 slot) const { return int(eight(row, slot) >> slot % 8 * bits & ((1u << bits) - 1)); }
 };
 
 constexpr i64 kGroup = 32;
