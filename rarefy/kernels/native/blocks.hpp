@@ -152,8 +152,14 @@ template <class V, int R, int N, int Chains, bool One, int lanes> void tile_rows
     for (; k + Chains <= to; k += Chains)
 #pragma GCC unroll 16
       for (int u = 0; u < Chains; u++) step(u, x + w.index[k + u] * lanes, w.values + (k + u) * R);
-  for (; k < to; k++)
-    for (i64 c = 0; c < width; c++) step(0, x + (w.index[k] * width + c) * lanes, w.values + (k * width + c) * height + row);
+  for (; k < to; k++) {
+    const float *in = x + w.index[k] * width * lanes, *values = w.values + k * width * height + row;
+    i64 c = 0;
+    for (; c + Chains <= width; c += Chains)
+#pragma GCC unroll 16
+      for (int u = 0; u < Chains; u++) step(u, in + (c + u) * lanes, values + (c + u) * height);
+    for (; c < width; c++) step(0, in + c * lanes, values + c * height);
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
@@ -192,10 +198,10 @@ template <class V, int Lanes> void tile(const Blocks& w, const float* x, const f
     i64 r = 0;
     for (; r + 4 <= w.height; r += 4)
       for (int i = 0; i < Lanes; i += four * V::width)
-        (plain && w.height == 4 ? tile_rows<V, 4, four, chains4, true, Lanes> : tile_rows<V, 4, four, 1, false, Lanes>)(w, k, end, r, x + i, out + r * Lanes + i);
+        (plain && w.height == 4 ? tile_rows<V, 4, four, chains4, true, Lanes> : tile_rows<V, 4, four, chains4, false, Lanes>)(w, k, end, r, x + i, out + r * Lanes + i);
     for (; r < w.height; r++)
       for (int i = 0; i < Lanes; i += one * V::width)
-        (plain && w.height == 1 ? tile_rows<V, 1, one, chains, true, Lanes> : tile_rows<V, 1, one, 1, false, Lanes>)(w, k, end, r, x + i, out + r * Lanes + i);
+        (plain && w.height == 1 ? tile_rows<V, 1, one, chains, true, Lanes> : tile_rows<V, 1, one, chains, false, Lanes>)(w, k, end, r, x + i, out + r * Lanes + i);
   };
   for (i64 top = from; top < to; top += kRows)
     for (i64 part = 0; part < parts; part += together)
