@@ -9,11 +9,14 @@ from torch.nn import functional as F
 from rarefy.core.errors import BadFile, BadInput
 from rarefy.kernels.block import BlockMatrix
 from rarefy.kernels.block import reference as blocks
+from rarefy.kernels.compact import CompactMatrix
 from rarefy.kernels.library import SWITCH, available, instruction_set, native, pointer
 from rarefy.kernels.n_m import NofMMatrix
 from rarefy.kernels.n_m import reference as n_of_m
 from rarefy.kernels.samples import samples
 from rarefy.layouts.block import Block, Csr
+from rarefy.layouts.compact import Compact
+from rarefy.layouts.condensed import Condensed
 from rarefy.layouts.n_m import NofM
 from tests.test_kernels import EXACT, GUARD, NATIVE, assert_is_product, poisoned
 
@@ -130,7 +133,7 @@ def test_threads_do_not_change_a_bit(layout, batch):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize("layout", [Csr(), Block(), Block(sizes=((3, 5),)), NofM(), NofM(groups=(7,))], ids=str)
+@pytest.mark.parametrize("layout", [Csr(), Block(), Block(sizes=((3, 5),)), NofM(), NofM(groups=(7,)), Condensed(), Compact()], ids=str)
 def test_other_dtypes_strides_and_gradients_take_the_reference(layout, monkeypatch):
     weight = of_ratio(torch.randn(6, 20), 2, 4)
     matrix = layout.matrix(layout.pack(weight), (6, 20), torch.float32)
@@ -150,7 +153,7 @@ def test_other_dtypes_strides_and_gradients_take_the_reference(layout, monkeypat
     torch.testing.assert_close(off.linear(x), F.linear(x, weight), **EXACT)
 
 
-@pytest.mark.parametrize("layout", [Csr(), Block(), NofM()], ids=str)
+@pytest.mark.parametrize("layout", [Csr(), Block(), NofM(), Condensed(), Compact()], ids=str)
 def test_what_a_file_may_hold_comes_back(layout):
     for weight in (torch.zeros(5, 9), torch.full((3, 7), float("nan")), torch.tensor([[0.0, -0.0, float("inf"), 1e-45]])):
         shape = (weight.shape[0], weight.shape[1])
@@ -172,6 +175,8 @@ def test_the_smallest_structure_is_found():
 def test_layouts_refuse_what_they_cannot_hold():
     with pytest.raises(BadInput, match="65536 blocks"):
         Csr().pack(torch.zeros(1, 65537))
+    with pytest.raises(BadInput, match="65536 columns"):
+        Condensed().pack(torch.zeros(1, 65537))
     with pytest.raises(BadInput, match="1 to 256"):
         Block(sizes=((0, 4),))
     with pytest.raises(BadInput, match="2 to 8 columns"):
@@ -204,6 +209,39 @@ def test_hostile_bytes_are_refused_before_they_are_used():
     refused(NofM(), torch.cat([torch.tensor([9], dtype=torch.uint8), packed[1:]]), (2, 7), "1 <= n <= m")
     packed[64:72] = 255
     refused(NofM(), packed, (2, 7), "past the last column")
+
+
+def test_hostile_condensed_and_compacted_bytes_are_refused():
+    packed = Condensed().pack(torch.eye(4, 100))
+    fan_in, column = packed[:4].view(torch.int32), packed[128:136].view(torch.int16)
+    column[3] = 100
+    refused(Condensed(), packed, (4, 100), "past the last")
+    fan_in[0] = 2  # within the padding: the rows would hold columns twice
+    refused(Condensed(), packed, (4, 100), "past the last")
+    for wrong, match in ((-1, "weights a row"), (101, "weights a row"), (50, "bytes")):
+        fan_in[0] = wrong
+        refused(Condensed(), packed, (4, 100), match)
+    packed = Compact().pack(torch.ones(4, 9))
+    packed[0] = 255
+    refused(Compact(), packed, (4, 9), "past column 4")
+    packed[0] = 0
+    refused(Compact(), packed, (4, 9), "bytes")
+    with pytest.raises(BadFile, match="2 rows and 1 columns are kept"):
+        CompactMatrix(torch.tensor([True, True]), torch.tensor([True]), torch.ones(1, 1))
+
+
+@NATIVE
+@pytest.mark.parametrize("isa", available())
+def test_condensed_and_compacted_are_the_product(isa):
+    generator = torch.Generator().manual_seed(3)
+    with instruction_set(isa):
+        for weight, x, bias in samples():
+            rows, columns = torch.rand(weight.shape[0], 1, generator=generator) < 0.7, torch.rand(weight.shape[1], generator=generator) < 0.6
+            for layout, thinned in ((Condensed(), weight), (Compact(), weight), (Compact(), weight * rows), (Compact(), weight * columns), (Compact(), weight * rows * columns)):
+                shape = (weight.shape[0], weight.shape[1])
+                matrix = layout.matrix(layout.pack(thinned), shape, torch.float32)
+                assert torch.equal(matrix.dense(), thinned)
+                assert_is_product(matrix.linear(x, bias), x, thinned, bias)
 
 
 @NATIVE
