@@ -226,6 +226,8 @@ def test_hostile_condensed_and_compacted_bytes_are_refused():
     refused(Compact(), packed, (4, 9), "past column 4")
     packed[0] = 0
     refused(Compact(), packed, (4, 9), "bytes")
+    empty = CompactMatrix(torch.tensor([True, True]), torch.tensor([False]), torch.ones(2, 0))  # a file may say so
+    assert empty.linear(torch.ones(3, 1), torch.tensor([1.0, 2.0])).tolist() == [[1.0, 2.0]] * 3 and empty.dense().tolist() == [[0.0], [0.0]]
     with pytest.raises(BadFile, match="2 rows and 1 columns are kept"):
         CompactMatrix(torch.tensor([True, True]), torch.tensor([True]), torch.ones(1, 1))
 

@@ -15,6 +15,7 @@ class CompactMatrix:
     Raises:
         BadFile: the masks do not account for the values.
 
+    >>> import torch
     >>> m = CompactMatrix(torch.tensor([True, False]), torch.tensor([False, True, True]), torch.tensor([[2.0, 3.0]]))
     >>> m.linear(torch.tensor([[1.0, 10.0, 100.0]]), torch.tensor([0.0, 5.0])).tolist(), m.dense().tolist()
     ([[320.0, 5.0]], [[0.0, 2.0, 3.0], [0.0, 0.0, 0.0]])
@@ -34,10 +35,11 @@ class CompactMatrix:
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``y = x W^T + b``: x [..., I] -> y [..., O]; a removed column of x is not read, a removed row is its bias."""
         taken = x if self.column is None else x.index_select(-1, self.column)
-        if self.row is None:
+        if self.row is None and self.inner.columns:
             return self.inner.linear(taken, bias)
-        made = self.inner.linear(taken) if self.inner.weight.numel() else x.new_zeros(*x.shape[:-1], self.row.numel())
-        y = made.new_zeros(*x.shape[:-1], self.rows).index_copy(-1, self.row, made)
+        y = x.new_zeros(*x.shape[:-1], self.rows)
+        if self.row is not None and self.inner.columns:
+            y = y.index_copy(-1, self.row, self.inner.linear(taken))
         return y if bias is None else y + bias
 
     kind = "compact"

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 def unpack(rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     """The dense matrix [O, I] that is `values` at the rows and columns of the masks, zero elsewhere.
 
+    >>> import torch
     >>> unpack(torch.tensor([True, False]), torch.tensor([False, True]), torch.tensor([[2.0]])).tolist()
     [[0.0, 2.0], [0.0, 0.0]]
     """
