@@ -145,12 +145,18 @@ def test_other_dtypes_strides_and_gradients_take_the_reference(layout, monkeypat
     torch.testing.assert_close(live.grad, weight.sum(0).expand(2, 20))
     half = layout.matrix(layout.pack(weight.bfloat16()), (6, 20), torch.bfloat16)
     assert not half.fast and torch.equal(half.dense(), weight.bfloat16())
-    run = torch.compile(lambda x: matrix.linear(x), fullgraph=True, backend="eager")
-    torch.testing.assert_close(run(live.detach()), F.linear(live.detach(), weight), **EXACT)
     monkeypatch.setenv(SWITCH, "off")
     off = layout.matrix(layout.pack(weight), (6, 20), torch.float32)
     assert not off.fast and torch.equal(off.dense(), weight)
     torch.testing.assert_close(off.linear(x), F.linear(x, weight), **EXACT)
+
+
+@pytest.mark.parametrize("layout", [Csr(), NofM(), Compact()], ids=str)
+def test_compiled_code_takes_the_reference_without_a_break(layout):
+    weight = of_ratio(torch.randn(6, 20), 2, 4)
+    matrix, x = layout.matrix(layout.pack(weight), (6, 20), torch.float32), torch.randn(2, 20)
+    run = torch.compile(lambda x: matrix.linear(x), fullgraph=True, backend="eager")
+    torch.testing.assert_close(run(x), F.linear(x, weight), **EXACT)
 
 
 @pytest.mark.parametrize("layout", [Csr(), Block(), NofM(), Condensed(), Compact()], ids=str)
