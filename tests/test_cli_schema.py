@@ -19,7 +19,7 @@ from rarefy.hub.cache import cached_folder
 jsonschema = pytest.importorskip("jsonschema")
 transformers = pytest.importorskip("transformers")
 SCHEMAS = Path(__file__).parent.parent / "docs" / "schema"
-VERBS = ("prune", "pack", "eval", "generate", "compare", "optimize", "catalogue", "train", "methods", "cache", "report")
+VERBS = ("prune", "pack", "eval", "generate", "compare", "optimize", "catalogue", "train", "methods", "cache", "report", "bench")
 
 
 def model_folder(folder: Path) -> str:
@@ -58,6 +58,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
         "methods": [],
         "cache": [],
         "report": [str(folder / "half")],
+        "bench": ["--layout", "bitmask,n_m@2:4", "--shape", "8x64", "--memory", "100000", "--rounds", "5"],
     }
     cached_folder("entry", lambda draft: draft.joinpath("file").write_bytes(b"12"), {})
     found = {}

@@ -1,5 +1,5 @@
 // Plain C++: any processor.
-#include "loops.hpp"
+#include "table.hpp"
 
 namespace rarefy {
 namespace {
@@ -29,6 +29,43 @@ struct Plain {
     return r;
   }
   static void store_part(float* p, reg r, int n) { std::memcpy(p, r.lane, n * sizeof(float)); }
+  static constexpr int registers = 16;
+  static void store(float* p, const reg& r) { std::memcpy(p, r.lane, sizeof r.lane); }
+  static reg gather(const float* x, const std::uint16_t* index) { return gather_part(x, index, width); }
+  static reg gather_part(const float* x, const std::uint16_t* index, int n) {
+    reg r{};
+    for (int i = 0; i < n; i++) r.lane[i] = x[index[i]];
+    return r;
+  }
+  static reg spread(const float* x, const std::uint16_t* index) {
+    reg r;
+    for (int i = 0; i < width; i++) r.lane[i] = x[index[i / 4]];
+    return r;
+  }
+  static void turn8(const float* from, i64 stride, float* to, i64 to_stride) {
+    for (int i = 0; i < 8; i++)
+      for (int j = 0; j < 8; j++) to[j * to_stride + i] = from[i * stride + j];
+  }
+  struct index {
+    int lane[width];
+  };
+  template <int Bits> static index positions(const std::uint8_t* p) {
+    std::uint32_t all = 0;
+    std::memcpy(&all, p, Bits);
+    index at;
+    for (int i = 0; i < width; i++) at.lane[i] = all >> i * Bits & ((1 << Bits) - 1);
+    return at;
+  }
+  template <int N> static reg pick(const float* x, const index& at) {
+    reg r;
+    for (int i = 0; i < width; i++) r.lane[i] = x[i / N * 4 + at.lane[i]];
+    return r;
+  }
+  static reg pick_any(const float* x, const std::int32_t* base, const index& at) {
+    reg r;
+    for (int i = 0; i < width; i++) r.lane[i] = x[base[i] + at.lane[i]];
+    return r;
+  }
   static reg add(reg a, const reg& b) {
     for (int i = 0; i < width; i++) a.lane[i] += b.lane[i];
     return a;

@@ -33,7 +33,40 @@ struct Grouped {
   int bits; // 4 or 8
 };
 
+// Blocks of `height` rows and `width` columns of a matrix [O, I] that are not all zero; 1 x 1 is compressed sparse rows.
+// Rows of blocks are cut into parts of kPart columns, so that a tile of x for one part stays in the first cache.
+struct Blocks {
+  const std::uint16_t* index; // [stored]: which block of columns, ascending in a row of blocks
+  const float* values;        // [stored, width, height]: columns one after the other; zeros past the matrix
+  const i64* start;           // [ceil(O / height) * parts + 1]: where the blocks of each part of each row of blocks begin
+  i64 rows, columns;
+  i64 height, width;
+  i64 high() const { return (rows + height - 1) / height; } // rows of blocks
+  i64 wide() const { return (columns + width - 1) / width; }
+  i64 part() const { return part_of(width); } // blocks of a part
+  i64 parts() const { return (wide() + part() - 1) / part(); }
+  static constexpr i64 kPart = 128;
+  static i64 part_of(i64 width) { return width < kPart ? kPart / width : 1; }
+};
+
+// Of every m columns n are stored, with their positions inside the group. Slots that are not needed hold a zero at position 0.
+struct NofM {
+  const float* values;           // [O, groups * n]
+  const std::uint8_t* positions; // [O, ceil(groups * n / 8) * bits]: slot s has bits s % 8 * bits .. of the bits bytes s / 8
+  i64 rows, columns;
+  int n, m, bits;
+  i64 slots() const { return (columns + m - 1) / m * n; }
+  i64 bytes() const { return (slots() + 7) / 8 * bits; }
+  std::uint32_t eight(const std::uint8_t* row, i64 slot) const { // the positions of slot and of the other seven that share its bytes
+    std::uint32_t all = 0;
+    for (int i = 0; i < bits; i++) all |= std::uint32_t(row[slot / 8 * bits + i]) << 8 * i;
+    return all;
+  }
+  int position(const std::uint8_t* row, i64 slot) const { return int(eight(row, slot) >> slot % 8 * bits & ((1u << bits) - 1)); }
+};
+
 constexpr i64 kGroup = 32;
+constexpr i64 kColumns = 64; // rows of x that a tile [I, rows of x] holds at most
 
 // x [B, I] in 8 bits: code = rint(x * 127 / max|x|) over each group of 32.
 struct Rounded {
@@ -49,6 +82,13 @@ struct Kernels {
   void (*dense)(const Dense&, const float* x, const float* bias, float* y, i64 batch, i64 from, i64 to);
   void (*grouped)(const Grouped&, const Rounded& x, const float* bias, float* y, i64 batch, i64 from, i64 to);
   void (*round)(const float* x, i64 batch, i64 columns, const Rounded& out);
+  // For few rows of x: x is [B, wide * width], padded by zeros. from .. to are rows of blocks.
+  void (*blocks)(const Blocks&, const float* x, const float* bias, float* y, i64 batch, i64 from, i64 to);
+  // y [high * height, lanes] = W x + bias for x [wide * width, lanes]: rows of x lie beside each other, `lanes` is 16, 32 or 64.
+  void (*blocks_tile)(const Blocks&, const float* x, const float* bias, float* y, int lanes, i64 from, i64 to);
+  void (*n_of_m)(const NofM&, const float* x, const float* bias, float* y, i64 batch, i64 from, i64 to);
+  // to [columns, to_stride] = from [rows, from_stride] turned, with zeros where rows are missing up to `lanes`; and without them, back.
+  void (*turn)(const float* from, i64 from_stride, i64 rows, i64 columns, float* to, i64 to_stride, i64 lanes);
   void (*bitmask_unpack)(const Bitmask&, float* dense, i64 from, i64 to);
   float (*dot)(const float* a, const float* b, i64 n);
   void (*add)(float* y, const float* x, float scale, i64 n); // y += scale * x

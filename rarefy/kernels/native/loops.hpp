@@ -251,6 +251,4 @@ template <class V> void add(float* y, const float* x, float scale, i64 n) {
   for (i64 i = 0; i < n; i++) y[i] += scale * x[i];
 }
 
-template <class V> constexpr Kernels kernels(const char* name) { return {name, bitmask<V>, dense<V>, grouped<V>, round<V>, bitmask_unpack<V>, dot<V>, add<V>}; }
-
 } // namespace rarefy

@@ -137,5 +137,6 @@ NB_MODULE(_native, m) {
   m.def("bitmask_unpack", &bitmask_unpack);
   m.def("grouped_linear", &grouped_linear);
   m.def("dense_linear", &dense_linear);
+  bind_sparse(m);
   bind_decoder(m);
 }

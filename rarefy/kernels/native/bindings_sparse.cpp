@@ -1,0 +1,182 @@
+// The matrices that store only what is not zero: blocks (1 x 1 among them) and n of m. Their indices come from files: `starts` and `check`
+// have read every one before a product is computed.
+#include "bindings.hpp"
+#include "threads.hpp"
+#include <memory>
+
+namespace nb = nanobind;
+using namespace rarefy;
+using Address = std::uintptr_t;
+
+namespace {
+
+constexpr i64 kMost = 256; // rows or columns of a block
+constexpr i64 kLoop = 4;   // rows of x below which they are multiplied one after the other
+
+void block_shape(i64 rows, i64 columns, i64 height, i64 width) {
+  shape(rows, columns);
+  need(height > 0 && width > 0 && height <= kMost && width <= kMost, "a block has 1 to 256 rows and columns");
+  need((columns + width - 1) / width <= (i64(1) << 16), "there are more than 65536 blocks beside each other");
+}
+
+// starts [high * parts + 1] from how many blocks each row of blocks holds; every index is read and must ascend within its row.
+void blocks_starts(Address counts, Address index, i64 stored, Address starts, i64 rows, i64 columns, i64 height, i64 width) {
+  block_shape(rows, columns, height, width);
+  const Blocks w{at<const std::uint16_t>(index, "index"), nullptr, nullptr, rows, columns, height, width};
+  const auto* count = at<const std::int32_t>(counts, "counts");
+  i64* start = at<i64>(starts, "starts");
+  i64 k = 0, to = 0;
+  for (i64 row = 0; row < w.high(); row++) {
+    need(count[row] >= 0 && count[row] <= stored - to, "the rows ask for more blocks than are stored");
+    to += count[row];
+    i64 last = -1, part = 0;
+    start[row * w.parts()] = k;
+    for (; k < to; last = w.index[k++]) {
+      need(w.index[k] > last && w.index[k] < w.wide(), "the indices of a row do not ascend, or one is past the last column");
+      while (part < w.index[k] / w.part()) start[row * w.parts() + ++part] = k;
+    }
+    while (++part < w.parts()) start[row * w.parts() + part] = k;
+  }
+  need(to == stored, "the rows ask for fewer blocks than are stored");
+  start[w.high() * w.parts()] = to;
+}
+
+void few(const Blocks& w, const float* x, const float* bias, float* y, i64 batch, int threads, i64 work) {
+  std::unique_ptr<float[]> padded;
+  if (w.columns % w.width) {
+    const i64 columns = w.wide() * w.width;
+    padded.reset(new float[batch * columns]);
+    for (i64 b = 0; b < batch; b++) {
+      std::copy(x + b * w.columns, x + (b + 1) * w.columns, padded.get() + b * columns);
+      std::fill(padded.get() + b * columns + w.columns, padded.get() + (b + 1) * columns, 0.0f);
+    }
+    x = padded.get();
+  }
+  parallel(w.high(), threads, work, [&](i64 from, i64 to) { in_use()->blocks(w, x, bias, y, batch, from, to); });
+}
+
+int lanes_of(i64 left) { return left <= 16 ? 16 : left <= 32 ? 32 : int(kColumns); }
+
+// x is turned once, tile by tile; every thread then owns rows of blocks, with a tile of y for them.
+void many(const Blocks& w, const float* x, const float* bias, float* y, i64 batch, int threads, i64 work) {
+  const Kernels& kernels = *in_use();
+  const i64 columns = w.wide() * w.width, high = w.high() * w.height;
+  const i64 lanes = batch / kColumns * kColumns + (batch % kColumns ? lanes_of(batch % kColumns) : 0);
+  const std::unique_ptr<float[]> in(new float[columns * lanes]), out(new float[high * kColumns]);
+  parallel((w.columns + 7) / 8, threads, batch * columns, [&](i64 from, i64 to) {
+    for (i64 b = 0; b < batch; b += kColumns) {
+      const i64 left = std::min(batch - b, kColumns), first = from * 8, last = std::min(to * 8, w.columns);
+      const int wide = lanes_of(left);
+      kernels.turn(x + b * w.columns + first, w.columns, left, last - first, in.get() + b * columns + first * wide, wide, wide);
+    }
+  });
+  for (i64 b = 0; b < batch; b += kColumns) { // a block may reach past the last column
+    const int wide = lanes_of(batch - b);
+    std::fill(in.get() + b * columns + w.columns * wide, in.get() + b * columns + columns * wide, 0.0f);
+  }
+  parallel(w.high(), threads, work, [&](i64 from, i64 to) {
+    const i64 first = from * w.height, last = std::min(to * w.height, w.rows);
+    for (i64 b = 0; b < batch; b += kColumns) {
+      const i64 left = std::min(batch - b, kColumns);
+      const int wide = lanes_of(left);
+      kernels.blocks_tile(w, in.get() + b * columns, bias, out.get(), wide, from, to);
+      kernels.turn(out.get() + first * wide, wide, last - first, left, y + b * w.rows + first, w.rows, last - first);
+    }
+  });
+}
+
+void blocks_linear(Address index, Address starts, Address values, i64 stored, i64 rows, i64 columns, i64 height, i64 width, Address x, Address bias, Address y, i64 batch,
+                   int threads) {
+  const Blocks w = blocks_of(index, starts, values, stored, rows, columns, height, width);
+  need(batch >= 0, "a batch is not negative");
+  if (batch == 0) return;
+  const float* in = at<const float>(x, "x");
+  float* out = at<float>(y, "y");
+  const float* add = bias ? at<const float>(bias, "bias") : nullptr;
+  nb::gil_scoped_release release;
+  (batch < kLoop ? few : many)(w, in, add, out, batch, threads, batch * stored * height * width);
+}
+
+void blocks_unpack(Address index, Address starts, Address values, i64 stored, i64 rows, i64 columns, i64 height, i64 width, Address dense, int threads) {
+  const Blocks w = blocks_of(index, starts, values, stored, rows, columns, height, width);
+  float* out = at<float>(dense, "dense");
+  nb::gil_scoped_release release;
+  parallel(w.high(), threads, rows * columns, [&](i64 from, i64 to) {
+    std::fill(out + from * height * columns, out + std::min(to * height, rows) * columns, 0.0f);
+    for (i64 row = from; row < to; row++)
+      for (i64 k = w.start[row * w.parts()]; k < w.start[(row + 1) * w.parts()]; k++)
+        for (i64 c = 0, column = w.index[k] * width; c < width && column < columns; c++, column++)
+          for (i64 r = 0, at = row * height; r < height && at < rows; r++, at++) out[at * columns + column] = w.values[(k * width + c) * height + r];
+  });
+}
+
+NofM places(Address positions, i64 rows, i64 columns, int n, int m) {
+  shape(rows, columns);
+  need(m >= 2 && m <= 8 && n >= 1 && n <= m, "n of m asks for 1 <= n <= m and m in 2 .. 8");
+  const int bits = m <= 2 ? 1 : m <= 4 ? 2 : 3;
+  return {nullptr, at<const std::uint8_t>(positions, "positions"), rows, columns, n, m, bits};
+}
+
+void n_of_m_check(Address positions, i64 size, i64 rows, i64 columns, int n, int m) {
+  const NofM w = places(positions, rows, columns, n, m);
+  need(size == rows * w.bytes(), "the positions are not as many as the shape asks for");
+  for (i64 row = 0; row < rows; row++)
+    for (i64 slot = 0; slot < w.slots(); slot++) {
+      const int position = w.position(w.positions + row * w.bytes(), slot);
+      need(position < m && slot / n * m + position < columns, "a position is outside its group, or past the last column");
+    }
+}
+
+void n_of_m_linear(Address values, Address positions, i64 rows, i64 columns, int n, int m, Address x, Address bias, Address y, i64 batch, int threads) {
+  const NofM w = n_of_m_of(values, positions, rows, columns, n, m);
+  need(batch >= 0, "a batch is not negative");
+  if (batch == 0) return;
+  const float* in = at<const float>(x, "x");
+  float* out = at<float>(y, "y");
+  const float* add = bias ? at<const float>(bias, "bias") : nullptr;
+  nb::gil_scoped_release release;
+  parallel(rows, threads, rows * w.slots(), [&](i64 from, i64 to) { in_use()->n_of_m(w, in, add, out, batch, from, to); });
+}
+
+void n_of_m_unpack(Address values, Address positions, i64 rows, i64 columns, int n, int m, Address dense, int threads) {
+  const NofM w = n_of_m_of(values, positions, rows, columns, n, m);
+  float* out = at<float>(dense, "dense");
+  nb::gil_scoped_release release;
+  parallel(rows, threads, rows * columns, [&](i64 from, i64 to) {
+    std::fill(out + from * columns, out + to * columns, 0.0f);
+    const i64 slots = w.slots();
+    for (i64 row = from; row < to; row++) {
+      float* group = out + row * columns;
+      std::uint32_t eight = 0;
+      for (i64 slot = 0, filled = 0; slot < slots; slot++, eight >>= w.bits, filled++) {
+        if (slot % 8 == 0) eight = w.eight(w.positions + row * w.bytes(), slot);
+        if (filled == n) filled = 0, group += m;
+        group[eight & ((1u << w.bits) - 1)] += w.values[row * slots + slot];
+      }
+    }
+  });
+}
+
+} // namespace
+
+Blocks blocks_of(Address index, Address starts, Address values, i64 stored, i64 rows, i64 columns, i64 height, i64 width) {
+  block_shape(rows, columns, height, width);
+  const Blocks w{at<const std::uint16_t>(index, "index"), at<const float>(values, "values"), at<const i64>(starts, "starts"), rows, columns, height, width};
+  need(w.start[0] == 0 && w.start[w.high() * w.parts()] == stored, "the rows do not account for the blocks");
+  return w;
+}
+
+NofM n_of_m_of(Address values, Address positions, i64 rows, i64 columns, int n, int m) {
+  NofM w = places(positions, rows, columns, n, m);
+  w.values = at<const float>(values, "values");
+  return w;
+}
+
+void bind_sparse(nb::module_& m) {
+  m.def("blocks_starts", &blocks_starts);
+  m.def("blocks_linear", &blocks_linear);
+  m.def("blocks_unpack", &blocks_unpack);
+  m.def("n_of_m_check", &n_of_m_check);
+  m.def("n_of_m_linear", &n_of_m_linear);
+  m.def("n_of_m_unpack", &n_of_m_unpack);
+}

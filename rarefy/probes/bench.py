@@ -1,0 +1,209 @@
+"""Sparse products against dense ones: interleaved rounds, weights out of cache, and no speed behind a wrong result. Measured only."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from rarefy.core.discover import pick
+from rarefy.core.errors import BadInput
+from rarefy.core.roles import Layout
+from rarefy.kernels.dense import DenseMatrix
+from rarefy.kernels.library import native
+from rarefy.layouts import LAYOUTS
+from rarefy.probes.timers import busy
+from rarefy.weights.patterns import parse_pattern
+
+MEMORY = 1_500_000_000  # bytes that the copies of all weights of one row may take
+SHORTEST = 0.004  # seconds that a timed stretch lasts at least
+
+Product = Callable[[Tensor], Tensor]
+
+
+def _torch(weight: Tensor) -> Product:
+    return lambda x: F.linear(x, weight)
+
+
+def _own_dense(weight: Tensor) -> Product:
+    return DenseMatrix(weight).linear
+
+
+def _torch_csr(weight: Tensor) -> Product:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch calls its sparse tensors beta
+        sparse = weight.to_sparse_csr()
+    return lambda x: (sparse @ x.t()).t()
+
+
+PEERS: dict[str, Callable[[Tensor], Product]] = {"torch": _torch, "own-dense": _own_dense, "torch-csr": _torch_csr}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A layout by name, and the pattern that its weights have.
+
+    >>> Subject.parse("block@block:4x1")
+    Subject(layout='block', pattern='block:4x1')
+    """
+
+    layout: str
+    pattern: str = "matrix"
+
+    @classmethod
+    def parse(cls, text: str) -> Subject:
+        layout, _, pattern = text.partition("@")
+        pick(LAYOUTS, layout, "layout")
+        parse_pattern(pattern or cls.pattern)
+        return cls(layout, pattern or cls.pattern)
+
+    def weight(self, shape: tuple[int, int], density: float, seed: int) -> Tensor:
+        """Random [O, I] with the pattern's zeros, as near to the density as it reaches."""
+        generator = Generator().manual_seed(seed)
+        weight, pattern = torch.randn(shape, generator=generator), parse_pattern(self.pattern)
+        count = pattern.nearest(shape, round(density * weight.numel()))
+        return weight * pattern.mask(torch.rand(shape, generator=generator), count)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to compute the product, with as many copies of its weights as keep them out of cache."""
+
+    copies: Sequence[Product]
+    size: int  # bytes of the weights
+
+    def time(self, x: Tensor, calls: int) -> float:
+        """Seconds a call."""
+        began = time.perf_counter()
+        for call in range(calls):
+            self.copies[call % len(self.copies)](x)
+        return (time.perf_counter() - began) / calls
+
+
+def cache_bytes(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """The largest cache of the first processor, 32 MiB where the system does not say.
+
+    >>> cache_bytes(Path("nowhere"))
+    33554432
+    """
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    found = [(file.read_text().strip() or "0") for file in root.glob("index*/size")]
+    return max((int(text.rstrip("KMG")) * units.get(text[-1], 1) for text in found), default=2**25)
+
+
+def bench(
+    subjects: Sequence[Subject],
+    shapes: Sequence[tuple[int, int]],
+    densities: Sequence[float],
+    batches: Sequence[int],
+    peers: Sequence[str] = ("torch",),
+    *,
+    rounds: int = 7,
+    seed: int = 0,
+    memory: int = MEMORY,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, Any]:
+    """Time ``x W^T`` by every layout, and beside it by every peer.
+
+    Args:
+        memory: bytes that the copies of the weights may take together; with too few of them a small matrix stays in cache, and the row says so.
+
+    Returns:
+        {rows: [{op, layout, pattern, shape, density, batch, peer, ratio, ratio_spread, us, us_peer, gb_per_s, threads, isa,
+        warning}], summary}: `ratio` is the median over the rounds of peer over layout (above 1: the layout is faster),
+        `ratio_spread` the lowest and the highest of them; us and us_peer medians; gb_per_s the bytes of the stored weights over us.
+        Speeds are None where the product was wrong.
+
+    Raises:
+        BadInput: an unknown peer, fewer than 5 rounds, a density outside (0, 1].
+    """
+    if rounds < 5:
+        raise BadInput(f"{rounds} rounds", "a median with its spread takes at least 5", "pass rounds=5 or more")
+    for density in densities:
+        if not 0 < density <= 1:
+            raise BadInput(f"density {density}", "a density is in (0, 1]")
+    made = {name: pick(PEERS, name, "peer") for name in peers}
+    cases = [(subject, shape, density) for subject in subjects for shape in shapes for density in densities]
+    rows: list[dict[str, Any]] = []
+    for number, (subject, shape, density) in enumerate(cases):
+        if progress:
+            progress(number, len(cases), f"{subject.layout} {shape[0]}x{shape[1]} at {density:g}")
+        rows += _case(subject, shape, density, batches, made, rounds, seed, memory)
+    extension = native()
+    machine = {"torch": torch.__version__, "cache_bytes": cache_bytes(), "native": extension is not None}
+    return {"rows": rows, "summary": {**machine, "rounds": rounds, "wrong": sum(row["ratio"] is None for row in rows)}}
+
+
+def _case(
+    subject: Subject, shape: tuple[int, int], density: float, batches: Sequence[int], peers: Mapping[str, Callable[[Tensor], Product]], rounds: int, seed: int, memory: int
+) -> Iterator[dict[str, Any]]:
+    weight = subject.weight(shape, density, seed)
+    layout, share = LAYOUTS[subject.layout], memory // (1 + len(peers))
+    packed = layout.pack(weight)
+    ours = _contestant(lambda: layout.matrix(packed.clone(), shape, weight.dtype).linear, packed.numel(), share)
+    others = {name: _contestant(lambda make=make: make(weight.clone()), weight.numel() * weight.element_size(), share) for name, make in peers.items()}  # type: ignore[misc]
+    cached = any(len(c.copies) * c.size < cache_bytes() for c in (ours, *others.values()))
+    means = layout.unpack(packed, shape, weight.dtype)
+    for batch in batches:
+        x = torch.randn(batch, shape[1], generator=Generator().manual_seed(seed + 1))
+        right = {name: _right(c.copies[0](x), x, w, exact) for name, c, w, exact in _to_check(ours, others, means, weight, layout)}
+        timed = {"": ours, **{name: other for name, other in others.items() if right[name]}}
+        seconds = _interleaved(timed, x, rounds) if right[""] else {}
+        for name in peers:
+            head = {"op": "linear", "layout": subject.layout, "pattern": subject.pattern, "shape": list(shape), "density": int((weight != 0).sum()) / weight.numel()}
+            yield {**head, "batch": batch, "peer": name, **_figures(seconds.get(""), seconds.get(name), packed.numel()), **_where(cached, right[""] and right[name])}
+
+
+def _to_check(ours: Contestant, others: Mapping[str, Contestant], means: Tensor, weight: Tensor, layout: Layout) -> Iterator[tuple[str, Contestant, Tensor, bool]]:
+    yield "", ours, means, layout.lossless
+    for name, other in others.items():
+        yield name, other, weight, True
+
+
+def _contestant(make: Callable[[], Product], size: int, memory: int) -> Contestant:
+    """As many copies as pass through the cache twice, within the memory."""
+    wanted = min(memory, 2 * cache_bytes())
+    return Contestant([make() for _ in range(max(1, min(wanted // max(size, 1), 256)))], size)
+
+
+def _right(y: Tensor, x: Tensor, weight: Tensor, exact: bool) -> bool:
+    """Whether y is the float64 product, to float32 sums; to the rounding of x to 8 bits where the layout computes with it."""
+    want = F.linear(x.double(), weight.double())
+    if exact:
+        terms = F.linear(x.double().abs(), weight.double().abs())
+        return y.shape == want.shape and bool((y.double() - want).abs().le(1e-5 * terms + 1e-30).all())
+    return y.shape == want.shape and bool((y.double() - want).norm() <= 0.02 * want.norm())
+
+
+def _interleaved(contestants: Mapping[str, Contestant], x: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Seconds a call by name, round by round: every round times each contestant once, in turn."""
+    calls = {name: max(1, math.ceil(SHORTEST / max(c.time(x, 2), 1e-9))) for name, c in contestants.items()}
+    found: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, contestant in contestants.items():
+            found[name].append(contestant.time(x, calls[name]))
+    return found
+
+
+def _figures(ours: list[float] | None, peer: list[float] | None, size: int) -> dict[str, Any]:
+    if ours is None or peer is None:
+        return dict.fromkeys(("ratio", "ratio_spread", "us", "us_peer", "gb_per_s"))
+    ratios = [b / a for a, b in zip(ours, peer, strict=True)]
+    us = statistics.median(ours) * 1e6
+    spread = [min(ratios), max(ratios)]
+    return {"ratio": statistics.median(ratios), "ratio_spread": spread, "us": us, "us_peer": statistics.median(peer) * 1e6, "gb_per_s": size / us / 1e3}
+
+
+def _where(cached: bool, right: bool) -> dict[str, Any]:
+    extension = native()
+    words = [busy(), "weights may lie in cache: their copies are smaller than it" if cached else None, None if right else "the result is wrong: no speed is given"]
+    return {"threads": torch.get_num_threads(), "isa": extension.isa() if extension else None, "warning": "; ".join(w for w in words if w) or None}

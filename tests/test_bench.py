@@ -1,0 +1,104 @@
+"""`rarefy bench`: what is timed is right, out of cache where memory allows, and nothing is said about what is not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from rarefy.cli.main import main
+from rarefy.core.errors import BadInput
+from rarefy.probes import bench as probe
+from rarefy.probes.bench import PEERS, Contestant, Subject, bench
+
+SMALL = {"memory": 200_000, "rounds": 5}
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(probe, "SHORTEST", 0.0)
+
+
+def test_every_layout_against_every_peer():
+    subjects = [Subject("bitmask"), Subject("csr"), Subject("block", "block:4x1"), Subject("n_m", "2:4"), Subject("int4")]
+    record = bench(subjects, [(12, 64)], [0.5], [1, 9], list(PEERS), **SMALL)
+    assert len(record["rows"]) == 5 * 2 * 3 and record["summary"]["wrong"] == 0
+    for row in record["rows"]:
+        low, high = row["ratio_spread"]
+        assert 0 < low <= row["ratio"] <= high and row["us"] > 0 and row["threads"] == torch.get_num_threads()
+        assert row["density"] == pytest.approx(0.5, abs=0.01)
+        assert "may lie in cache" in row["warning"]
+
+
+def test_ratio_is_the_peer_over_the_layout():
+    figures = probe._figures([1e-6, 2e-6, 4e-6], [3e-6, 3e-6, 3e-6], 8000)
+    assert figures["ratio"] == pytest.approx(1.5) and figures["ratio_spread"] == pytest.approx([0.75, 3.0])
+    assert figures["us"] == pytest.approx(2.0) and figures["gb_per_s"] == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("broken", ["peer", "layout"])
+def test_no_speed_behind_a_wrong_result(monkeypatch, capsys, broken):
+    if broken == "peer":
+        monkeypatch.setitem(PEERS, "torch", lambda weight: lambda x: x @ weight.t() * 1.001)
+    else:
+        matrix = type(probe.LAYOUTS["csr"].matrix(probe.LAYOUTS["csr"].pack(torch.eye(4)), (4, 4), torch.float32))
+        right = matrix.linear
+        monkeypatch.setattr(matrix, "linear", lambda self, x, bias=None: right(self, x, bias) * 1.001)
+    arguments = ["bench", "--layout", "csr", "--shape", "8x64", "--memory", "100000", "--rounds", "5", "--json"]
+    assert main(arguments) == 1
+    for row in json.loads(capsys.readouterr().out)["rows"]:
+        wrong = row["peer"] == "torch" or broken == "layout"
+        assert (row["ratio"] is None) == wrong and (row["us"] is None) == wrong
+        assert ("result is wrong" in row["warning"]) == wrong
+
+
+def test_calls_rotate_over_the_copies():
+    used = []
+    Contestant([lambda x, i=i: used.append(i) for i in range(3)], 1).time(torch.ones(1), 7)
+    assert used == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_copies_pass_through_the_cache_twice_within_the_memory(monkeypatch):
+    monkeypatch.setattr(probe, "cache_bytes", lambda: 1000)
+    assert len(probe._contestant(lambda: torch.ones, 100, 10**9).copies) == 20
+    assert len(probe._contestant(lambda: torch.ones, 100, 500).copies) == 5
+    assert len(probe._contestant(lambda: torch.ones, 100, 50).copies) == 1
+
+
+def test_the_cache_is_the_largest_one(tmp_path):
+    for number, size in enumerate(("48K", "2048K", "30M")):
+        (tmp_path / f"index{number}").mkdir()
+        (tmp_path / f"index{number}" / "size").write_text(size + "\n")
+    assert probe.cache_bytes(tmp_path) == 30 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--layout", "csd"], "known are"),
+        (["--layout", "csr@4:x"], "known forms"),
+        (["--shape", "8by8"], "OUTxIN"),
+        (["--density", "half"], "no list of numbers"),
+        (["--density", "1.5"], "a density is in"),
+        (["--batch", "0"], "above 0"),
+        (["--batch", "1.5"], "whole numbers"),
+        (["--peer", "cublas"], "known are torch"),
+        (["--op", "conv"], "linear"),
+        (["--max-load", "-1"], "refuse above -1"),
+    ],
+)
+def test_what_it_cannot_time_is_one_sentence(capsys, arguments, words):
+    assert main(["bench", "--shape", "8x8", *arguments]) in (2, 5)
+    assert words in capsys.readouterr().err
+
+
+def test_fewer_rounds_are_refused():
+    with pytest.raises(BadInput, match="at least 5"):
+        bench([Subject("csr")], [(2, 2)], [0.5], [1], rounds=3)
+
+
+def test_a_table_for_people(capsys):
+    assert main(["bench", "--layout", "csr", "--shape", "8x64", "--memory", "100000", "--rounds", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "own-dense" in out and "8x64" in out
