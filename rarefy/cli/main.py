@@ -56,7 +56,13 @@ def main(argv: list[str] | None = None) -> int:
         usage = getattr(error, "format_message", None)
         if usage is None:
             raise
-        return _fail(usage(), getattr(error, "exit_code", 2))
+        return _fail(f"{usage().rstrip('.')}; see {_help(error)}.", getattr(error, "exit_code", 2))
+
+
+def _help(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    verb = getattr(context, "info_name", None) if getattr(context, "parent", None) is not None else None
+    return f"rarefy {verb} --help" if verb else "rarefy --help"
 
 
 def _fail(message: str, code: int) -> int:

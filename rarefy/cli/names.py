@@ -21,7 +21,7 @@ def part(role: type[T], text: str) -> T:
     """The part that a text names, its hyper-parameters as `name:field=value,field=value`.
 
     Raises:
-        BadInput: an unknown name, an unknown field or a value that is no number, word or boolean.
+        BadInput: an unknown name, an unknown field, or a value that the field does not take.
 
     >>> part(Allocation, "uniform")
     Uniform()
@@ -33,7 +33,10 @@ def part(role: type[T], text: str) -> T:
     unknown = sorted(set(given) - fields)
     if unknown:
         raise BadInput(f"{text!r}", f"{name} has the fields {', '.join(sorted(fields)) or 'none'}, not {', '.join(unknown)}")
-    return kind(**{key: _value(value) for key, value in given.items()})
+    try:
+        return kind(**{key: _value(value) for key, value in given.items()})
+    except TypeError as error:
+        raise BadInput(f"{text!r}", f"a field of {name} is missing or has a value of the wrong kind", f"write for example {name}:{min(fields, default='field')}=0.5") from error
 
 
 def _value(text: str) -> Any:

@@ -12,7 +12,7 @@ import typer
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed, Text, Tokens
 from rarefy.cli.compare import scorer
-from rarefy.cli.loading import load
+from rarefy.cli.loading import load, need_plain, window
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, line, show, table
 from rarefy.cli.prune import need_tokenizer, to_device, versions
@@ -43,6 +43,7 @@ def optimize(
     budget = names.share(max_loss)
     check_target(Path(out), force=force)
     loaded = load(model, device=device)
+    need_plain(loaded)
     need_tokenizer(loaded)
     with bars(as_json) as progress:
         record = run(loaded, budget, names.listed(recipes), names.listed(allocations), calibration, calibration_tokens, text, tokens, device, seed, out, force, progress)
@@ -64,7 +65,7 @@ def run(
     force: bool,
     progress: Any,
 ) -> dict[str, Any]:
-    batches = to_device(calibration_batches(loaded.tokenizer, calibration_tokens, seed=seed, path=calibration), device)
+    batches = to_device(calibration_batches(loaded.tokenizer, calibration_tokens, window(loaded), seed, calibration), device)
     ids = heldout_ids(loaded.tokenizer, tokens, text).to(device)
     evaluate = scorer(loaded)
     chosen = [names.recipe(r, allocation=None if a == "default" else a) for r in recipes for a in allocations]

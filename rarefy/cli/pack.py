@@ -10,7 +10,7 @@ import typer
 from rarefy.activations.attach import attach_gates
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed
-from rarefy.cli.loading import load
+from rarefy.cli.loading import load, window
 from rarefy.cli.main import app
 from rarefy.cli.output import line, megabytes, show, text
 from rarefy.cli.prune import need_tokenizer
@@ -45,7 +45,7 @@ def pack(
     loaded = load(model, device=device)
     kept: dict[str, float | None] = {}
     if chosen is not None:
-        batches = calibration_batches(need_tokenizer(loaded), calibration_tokens, seed=seed, path=calibration)
+        batches = calibration_batches(need_tokenizer(loaded), calibration_tokens, window(loaded), seed, calibration)
         kept = attach_gates(loaded.model, chosen, gate_at or (), batches)
     record = save_packed(loaded.model, loaded.tokenizer, out, layout, force=force)
     gates = [{**entry, "density": kept[entry["name"]]} for entry in record["gates"]]

@@ -20,6 +20,8 @@ def check_target(out: Path, *, force: bool) -> None:
 
     `force` replaces a model folder (one with a config.json), never an arbitrary one.
     """
+    if out.name in ("", ".."):
+        raise Refused(f"--out {str(out)!r}", "what is written is a folder of its own, with a name", "name a new folder")
     if not out.exists():
         return
     if not out.is_dir():
