@@ -36,6 +36,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+CALIBRATION = ("--calibration", "TINY/text.txt", "--calibration-tokens", "512")
+
+
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     code = main(list(argv))
     out, err = capsys.readouterr()
@@ -123,7 +126,17 @@ def test_optimize_stays_within_its_budget(capsys: pytest.CaptureFixture[str], ti
         (("optimize", "TINY", "--max-loss", "lots", "--out", "OUT"), "a share is a number"),
         (("train", "digits", "--recipe", "none-such"), "training recipe 'none-such': known are"),
         (("--plugin", "/no/plugin.py", "methods"), "a plug-in is a Python file that exists"),
-        (("prune",), "Missing argument"),
+        (("prune",), "Missing argument 'model'; see rarefy prune --help."),
+        (("no-such-verb",), "see rarefy --help"),
+        (("prune", "TINY", "--seed", "99999999999999999999", "--out", "OUT"), "--seed"),
+        (("prune", "TINY", "--allocation", "outlier-share:spread=wide", "--out", "OUT"), "a value of the wrong kind"),
+        (("prune", "TINY", "--out", ""), "a folder of its own"),
+        (("prune", "TINY", "--pattern", "1:5", "--recipe", "wanda", "--out", "OUT", *CALIBRATION), "q_proj.weight of shape (32, 32): the pattern 1:5 needs"),
+        (("prune", "TINY", "--pattern", "2:4", "--density", "0.3", "--out", "OUT", *CALIBRATION), "density 0.3 with pattern 2:4"),
+        (("compare", "TINY", "--recipes", ","), "a list names at least one thing"),
+        (("optimize", "TINY", "--max-loss", "inf", "--out", "OUT"), "finite"),
+        (("optimize", "/no/such/model", "--recipes", "none-such", "--out", "OUT"), "recipe 'none-such'"),
+        (("train", "digits", "--steps", "1", "--checkpoints", "TINY/config.json"), "config.json"),
     ],
 )
 def test_every_refusal_is_one_line_without_a_traceback(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path, argv: tuple[str, ...], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from typing import Annotated, Any
 
@@ -10,6 +11,11 @@ import typer
 
 from rarefy.core.discover import load_plugin
 from rarefy.core.errors import RarefyError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
+_NAMED = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_DISK = (*_FULL, *_CLOSED, *_NAMED)
 
 app = typer.Typer(
     name="rarefy",
@@ -46,8 +52,11 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing half-written was left, run the same command again", 130)
+    except BrokenPipeError:  # the reader had enough, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT):
+        if error.errno not in _DISK:
             raise
         return _fail(f"{error.filename or 'a file'}: {error.strerror}; nothing half-written was left.", 6)
     except typer.Exit as stop:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import math
 from typing import Any, TypeVar
 
 from rarefy.core.discover import methods, pick, recipes
@@ -73,10 +74,13 @@ def share(text: str) -> float:
         value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
     except ValueError as error:
         raise BadInput(f"{text!r}", "a share is a number such as 0.05 or 5%") from error
-    if not value >= 0:
-        raise BadInput(f"{text!r}", "a share is not negative")
+    if not 0 <= value < math.inf:
+        raise BadInput(f"{text!r}", "a share is a finite number, and not negative", "pass for example 5%")
     return value
 
 
 def listed(text: str) -> list[str]:
-    return [item.strip() for item in text.split(",") if item.strip()]
+    found = [item.strip() for item in text.split(",") if item.strip()]
+    if not found:
+        raise BadInput(f"{text!r}", "a list names at least one thing", "separate several by commas")
+    return found

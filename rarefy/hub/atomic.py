@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rarefy.core.errors import Refused
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_target(out: Path, *, force: bool) -> None:
@@ -50,6 +50,7 @@ def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
         yield draft
         _sync(draft)
         draft.chmod(0o777 & ~_umask())
+        check_target(out, force=force)  # another run may have been faster
         _swap(draft, out)
     except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
