@@ -24,6 +24,9 @@ def write_atomic(path: Path, data: bytes) -> None:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(draft, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk names no file, and the draft's name is ours
+        raise
     finally:
         draft.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rarefy.core.errors import Refused
+from rarefy.core.errors import DiskError, Refused
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -45,7 +45,7 @@ def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
     except OSError as error:
-        raise Refused(f"{out} cannot be written", str(error.strerror), "name a folder you may write to") from error
+        raise DiskError(f"{out} cannot be written", str(error.strerror), "name a folder you may write to") from error
     try:
         yield draft
         _sync(draft)
@@ -55,7 +55,7 @@ def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
         if _is_full(error):
-            raise Refused(f"{out} was not written", "the disk is full", "free some space; nothing was left behind") from error
+            raise DiskError(f"{out} was not written", "the disk is full", "free some space; nothing half-written was left") from error
         raise
 
 
