@@ -222,5 +222,13 @@ def test_a_packed_model_is_not_pruned(capsys: pytest.CaptureFixture[str], tiny: 
     assert run(capsys, "pack", str(tmp_path / "half"), "--out", str(tmp_path / "packed"))[0] == 0
     code, _, err = run(capsys, "prune", str(tmp_path / "packed"), "--out", str(tmp_path / "again"), *(a.replace("TINY", tiny) for a in CALIBRATION))
     assert code == 5
-    assert "is packed: only plain weights can be pruned" in err
+    assert "is packed: only plain weights can be pruned or packed" in err
     assert sorted(f.name for f in tmp_path.iterdir()) == ["half", "packed"]
+
+
+def test_an_interrupted_verb_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rarefy.cli.evaluate.load", stop)
+    assert run(capsys, "eval", tiny) == (130, "", "error: interrupted; nothing half-written was left, run the same command again\n")

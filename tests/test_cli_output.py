@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import pytest
 
 from rarefy.cli.compare import COLUMNS
@@ -31,3 +34,20 @@ def test_a_matrix_goes_by_one_name_in_every_block_and_expert_and_emptied_ones_co
     draw_prune({"recipe": "r", "pattern": "2:4", "model": "m", "sites": sites, "density": 0.5, "density_requested": 0.5, "out": "o"})
     row = next(line for line in capsys.readouterr().out.splitlines() if "layers.experts.up" in line)
     assert [cell.strip() for cell in row.strip("│ ").split("│")] == ["layers.experts.up", "4", "0.5", "0.5", "0.5"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("columns", ["30", "60", "100"])
+def test_a_narrow_terminal_cuts_no_cell(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr("sys.stdout", Terminal())
+    row = {"method": "magnitude", "pattern": "block:4x1", "density": 0.5, "value": 97.37, "relative": 0.0051, "interval": [0.003289, 0.007113], "bytes": 272128, "error": 0.2653}
+    table([row], COLUMNS, "perplexity")
+    shown = sys.stdout.getvalue()
+    assert "…" not in shown
+    assert all(word in shown for word in ("magnitude", "block:4x1", "0.003289", "0.007113", "272128"))
+    assert ("┃" in shown) == (columns == "100")

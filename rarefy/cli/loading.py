@@ -40,9 +40,9 @@ def window(loaded: hub.Loaded) -> int:
 
 
 def need_plain(loaded: hub.Loaded) -> None:
-    """Refused: the model is packed, so that there is no plain weight to prune."""
+    """Refused: the model is packed, so that there is no plain weight to work on."""
     if any(isinstance(module, Packed) for module in loaded.model.modules()):
-        raise Refused(f"{loaded.spec} is packed", "only plain weights can be pruned", "prune the folder that it was packed from, then pack again")
+        raise Refused(f"{loaded.spec} is packed", "only plain weights can be pruned or packed", "begin from the folder that it was packed from")
 
 
 def _quiet() -> None:

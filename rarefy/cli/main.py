@@ -12,6 +12,7 @@ import typer
 from rarefy.core.discover import load_plugin
 from rarefy.core.errors import RarefyError
 
+_INTERRUPTED = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
 _NAMED = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
@@ -42,16 +43,18 @@ def options(
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit code is returned by the console script."""
-    import rarefy.cli.verbs
-
-    assert rarefy.cli.verbs is not None
     try:
+        import rarefy.cli.verbs
+
+        assert rarefy.cli.verbs is not None
         code: Any = app(args=argv, standalone_mode=False)
+        if code == _INTERRUPTED:  # typer makes a code of Ctrl-C
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except RarefyError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing half-written was left, run the same command again", 130)
+        return _fail("interrupted; nothing half-written was left, run the same command again", _INTERRUPTED)
     except BrokenPipeError:  # the reader had enough, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

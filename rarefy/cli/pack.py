@@ -10,7 +10,7 @@ import typer
 from rarefy.activations.attach import attach_gates
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed
-from rarefy.cli.loading import load, window
+from rarefy.cli.loading import load, need_plain, window
 from rarefy.cli.main import app
 from rarefy.cli.output import line, megabytes, show, text
 from rarefy.cli.prune import need_tokenizer
@@ -43,6 +43,7 @@ def pack(
         raise BadInput("--gate and --gate-at", "one says which gate, the other where", "pass both, for example --gate topk:density=0.5 --gate-at '*.mlp.down_proj'")
     chosen = None if gate is None else _gate(gate)
     loaded = load(model, device=device)
+    need_plain(loaded)
     kept: dict[str, float | None] = {}
     if chosen is not None:
         batches = calibration_batches(need_tokenizer(loaded), calibration_tokens, window(loaded), seed, calibration)
