@@ -28,17 +28,17 @@ def show(record: Any, as_json: bool, draw: Callable[[Any], None]) -> None:
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], title: str | None = None) -> None:
     """An aligned table; numbers to the right. It keeps its width in a pipe; where a terminal is too narrow for its words, a row is a list."""
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    drawn = Table(title=title, title_justify="left")
+    drawn = Table()
     for column in columns:
         words = " ".join([column, *(text(row.get(column)) for row in rows)]).split()
         drawn.add_column(column, justify="right" if any(isinstance(r.get(column), (int, float)) for r in rows) else "left", min_width=max(map(len, words)))
     for row in rows:
         drawn.add_row(*(text(row.get(c)) for c in columns))
+    if title:
+        line(title)  # rich would break it at the table's width
     if Measurement.get(console, console.options.update(max_width=UNBOUNDED), drawn).minimum <= console.width:
         console.print(drawn)
         return
-    for heading in [title] if title else []:
-        line(heading)
     for row in rows:
         line("\n".join(f"{'' if column == columns[0] else '  '}{column}: {text(row.get(column))}" for column in columns if text(row.get(column))))
 

@@ -41,7 +41,7 @@ def pack(
     check_target(Path(out), force=force)
     if (gate is None) != (not gate_at):
         raise BadInput("--gate and --gate-at", "one says which gate, the other where", "pass both, for example --gate topk:density=0.5 --gate-at '*.mlp.down_proj'")
-    chosen = None if gate is None else _gate(gate)
+    chosen = None if gate is None else names.part(Gate, gate)
     loaded = load(model, device=device)
     need_plain(loaded)
     kept: dict[str, float | None] = {}
@@ -51,13 +51,6 @@ def pack(
     record = save_packed(loaded.model, loaded.tokenizer, out, layout, force=force)
     gates = [{**entry, "density": kept[entry["name"]]} for entry in record["gates"]]
     show({**record, "gates": gates, "model": model, "out": out}, as_json, _draw)
-
-
-def _gate(text: str) -> Gate:
-    try:
-        return names.part(Gate, text)
-    except TypeError as error:
-        raise BadInput(f"gate {text!r}", "a gate's settings are numbers", "pass for example topk:density=0.5") from error
 
 
 def _draw(r: dict[str, Any]) -> None:
