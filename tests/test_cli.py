@@ -232,3 +232,9 @@ def test_an_interrupted_verb_says_so(capsys: pytest.CaptureFixture[str], monkeyp
 
     monkeypatch.setattr("rarefy.cli.evaluate.load", stop)
     assert run(capsys, "eval", tiny) == (130, "", "error: interrupted; nothing half-written was left, run the same command again\n")
+
+
+def test_pack_says_why_a_matrix_stays_dense(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    code, out, err = run(capsys, "pack", tiny, "--out", str(tmp_path / "packed"))
+    assert code == 0, err
+    assert "14 stay dense: packed it would be no smaller" in out

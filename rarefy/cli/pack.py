@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,5 +56,7 @@ def pack(
 
 def _draw(r: dict[str, Any]) -> None:
     line(f"{r['packed']} of {len(r['sites'])} matrices packed: {megabytes(r['bytes_dense'])} became {megabytes(r['bytes_stored'])}; written to {r['out']}")
+    for reason, count in Counter(s["dense_because"] for s in r["sites"] if s["dense_because"]).most_common(3):
+        line(f"{count} stay dense: {reason}")
     for gate in r["gates"]:
         line(f"gate {gate['gate']} on {gate['name']}: {text(gate['density'])} of its calibration activations stay")
