@@ -16,6 +16,7 @@ ORDER = ("core", "kernels", "layouts", "weights experts activations", "surgery",
 RANK = {room: level for level, rooms in enumerate(ORDER) for room in rooms.split()}
 PARTS = {
     "__init__.py": len(ORDER),
+    "__main__.py": len(ORDER),
     "catalogue.py": RANK["probes"],
     "testing": RANK["cli"],
     "data": -1,

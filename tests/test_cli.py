@@ -36,6 +36,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+CALIBRATION = ("--calibration", "TINY/text.txt", "--calibration-tokens", "512")
+
+
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     code = main(list(argv))
     out, err = capsys.readouterr()
@@ -123,7 +126,19 @@ def test_optimize_stays_within_its_budget(capsys: pytest.CaptureFixture[str], ti
         (("optimize", "TINY", "--max-loss", "lots", "--out", "OUT"), "a share is a number"),
         (("train", "digits", "--recipe", "none-such"), "training recipe 'none-such': known are"),
         (("--plugin", "/no/plugin.py", "methods"), "a plug-in is a Python file that exists"),
-        (("prune",), "Missing argument"),
+        (("prune",), "Missing argument 'model'; see rarefy prune --help."),
+        (("no-such-verb",), "see rarefy --help"),
+        (("prune", "TINY", "--seed", "99999999999999999999", "--out", "OUT"), "--seed"),
+        (("prune", "TINY", "--allocation", "outlier-share:spread=wide", "--out", "OUT"), "a value of the wrong kind"),
+        (("prune", "TINY", "--out", ""), "a folder of its own"),
+        (("prune", "TINY", "--pattern", "1:5", "--recipe", "wanda", "--out", "OUT", *CALIBRATION), "q_proj.weight of shape (32, 32): the pattern 1:5 needs"),
+        (("prune", "TINY", "--pattern", "2:4", "--density", "0.3", "--out", "OUT", *CALIBRATION), "density 0.3 with pattern 2:4"),
+        (("compare", "TINY", "--recipes", ","), "a list names at least one thing"),
+        (("compare", "TINY", "--journal", "TINY/config.json", *CALIBRATION, "--text", "TINY/text.txt", "--tokens", "64"), "not those of a journal"),
+        (("compare", "TINY", "--journal", "TINY/model.safetensors", *CALIBRATION, "--text", "TINY/text.txt", "--tokens", "64"), "JSON that an earlier run wrote"),
+        (("optimize", "TINY", "--max-loss", "inf", "--out", "OUT"), "finite"),
+        (("optimize", "/no/such/model", "--recipes", "none-such", "--out", "OUT"), "recipe 'none-such'"),
+        (("train", "digits", "--steps", "1", "--checkpoints", "TINY/config.json"), "config.json"),
     ],
 )
 def test_every_refusal_is_one_line_without_a_traceback(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path, argv: tuple[str, ...], message: str) -> None:
@@ -183,3 +198,43 @@ def test_help_has_an_example_for_every_verb(capsys: pytest.CaptureFixture[str]) 
         code, text, _ = run(capsys, verb, "--help")
         assert code == 0
         assert f"rarefy {verb}" in " ".join(text.split()), verb
+
+
+def test_a_model_with_few_positions_gets_short_windows(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    short = str(tmp_path / "short")
+    transformers.AutoTokenizer.from_pretrained(tiny).save_pretrained(short)
+    config = transformers.GPT2Config(vocab_size=28, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(short)
+    text = ("--calibration", f"{tiny}/text.txt", "--calibration-tokens", "256", "--text", f"{tiny}/text.txt", "--tokens", "256")
+    code, _, err = run(capsys, "compare", short, "--recipes", "wanda", *text)
+    assert code == 0, err
+
+
+def test_pipes_are_quiet(tiny: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rarefy", "prune", tiny, "--recipe", "magnitude", "--out", str(tmp_path / "o"), "--json"]
+    done = subprocess.run([*command, *(a.replace("TINY", tiny) for a in CALIBRATION)], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["pattern"] == "matrix"
+    assert done.stderr == ""
+
+
+def test_a_packed_model_is_not_pruned(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    prune_json(capsys, tiny, tmp_path / "half", "--recipe", "magnitude")
+    assert run(capsys, "pack", str(tmp_path / "half"), "--out", str(tmp_path / "packed"))[0] == 0
+    code, _, err = run(capsys, "prune", str(tmp_path / "packed"), "--out", str(tmp_path / "again"), *(a.replace("TINY", tiny) for a in CALIBRATION))
+    assert code == 5
+    assert "is packed: only plain weights can be pruned or packed" in err
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["half", "packed"]
+
+
+def test_an_interrupted_verb_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rarefy.cli.evaluate.load", stop)
+    assert run(capsys, "eval", tiny) == (130, "", "error: interrupted; nothing half-written was left, run the same command again\n")
+
+
+def test_pack_says_why_a_matrix_stays_dense(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    code, out, err = run(capsys, "pack", tiny, "--out", str(tmp_path / "packed"))
+    assert code == 0, err
+    assert "14 stay dense: packed it would be no smaller" in out

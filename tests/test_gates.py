@@ -507,7 +507,7 @@ def test_a_user_reaches_gates_from_the_command_line(tiny: str, tmp_path: Path, c
         ("topk:k=3", "has the fields density"),
         ("topk:density=2", "density 2"),
         ("threshold:threshold=-1", "finite float32"),
-        ("topk:density=half", "numbers"),
+        ("topk:density=half", "a value of the wrong kind"),
     ],
 )
 def test_a_wrong_gate_is_exit_2_and_one_line(tiny: str, tmp_path: Path, gate: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,3 +68,14 @@ def test_a_full_disk_leaves_the_old_model_and_no_draft(tmp_path: Path, monkeypat
         save_dense(model, None, tmp_path / "out", force=True)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_another_run_finished_meanwhile_is_kept(tmp_path: Path) -> None:
+    def slow(folder: Path) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "config.json").write_text("theirs")
+
+    with pytest.raises(Refused, match="out exists and is not empty"):
+        save_dense(llama(True), None, tmp_path / "out", write=slow)
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "config.json").read_text() == "theirs"

@@ -108,3 +108,10 @@ def test_refusals() -> None:
         optimize(net(), [X], [], evaluate, max_loss=0.1)
     with pytest.raises(BadInput, match="must be finite and of the same tokens"):
         relative_loss(torch.zeros(3), torch.zeros(4))
+
+
+def test_a_short_text_has_an_interval_of_its_own_spread() -> None:
+    rise = torch.cat([torch.full((300,), 0.2), torch.full((300,), -0.1)])
+    found = relative_loss(torch.zeros(600), rise)
+    assert found.interval[0] < found.value < found.interval[1]
+    assert relative_loss(torch.zeros(1), torch.zeros(1)).interval == (0.0, 0.0)

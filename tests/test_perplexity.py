@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rarefy.core.errors import BadInput
+from rarefy.core.errors import BadInput, Refused
 from rarefy.probes.perplexity import bootstrap, perplexity, spans, token_nll
 
 transformers = pytest.importorskip("transformers")
@@ -135,3 +135,11 @@ def test_nan_weights_are_named_not_averaged() -> None:
 def test_refuses(ids: Tensor, asked: dict[str, int], says: str) -> None:
     with pytest.raises(BadInput, match=says):
         perplexity(tiny_llama(), ids, **asked)
+
+
+def test_a_model_that_attends_in_both_directions_is_refused() -> None:
+    sizes = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = torch.arange(20)
+    with pytest.raises(Refused, match="both directions"):
+        token_nll(transformers.BertLMHeadModel(transformers.BertConfig(**sizes)), ids, 10)
+    assert token_nll(transformers.BertLMHeadModel(transformers.BertConfig(**sizes, is_decoder=True)), ids, 10).numel() == 18

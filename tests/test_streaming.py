@@ -265,7 +265,7 @@ def test_the_command_streams_when_asked_and_when_the_model_is_larger_than_memory
     assert "are streamed" not in capsys.readouterr().err
     monkeypatch.setattr(loading, "available_bytes", lambda: 1000)
     assert command(words, tmp_path / "small" / "out") == 0
-    assert "0.0 MB of memory: the weights are streamed" in capsys.readouterr().err
+    assert "1.0 kB of memory: the weights are streamed" in capsys.readouterr().err
     for side in ("asked", "small"):
         for file in ("model.safetensors", "masks.safetensors", "prune.json", "config.json", "tokenizer.json"):
             assert (tmp_path / side / "out" / file).read_bytes() == (tmp_path / "memory" / "out" / file).read_bytes(), file

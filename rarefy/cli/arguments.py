@@ -13,4 +13,4 @@ Calibration = Annotated[str | None, typer.Option(help="A UTF-8 text file; defaul
 CalibrationTokens = Annotated[int, typer.Option(help="Calibration tokens.", min=1)]
 Text = Annotated[str | None, typer.Option(help="A UTF-8 text file; default: the embedded held-out articles.")]
 Tokens = Annotated[int, typer.Option(help="Held-out tokens to score; a quoted figure wants 16384.", min=2)]
-Seed = Annotated[int, typer.Option(help="Of every random choice.")]
+Seed = Annotated[int, typer.Option(help="Of every random choice.", min=0, max=2**31 - 1)]

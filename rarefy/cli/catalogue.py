@@ -60,4 +60,5 @@ def cache(clear: Annotated[bool, typer.Option("--clear", help="Remove every entr
 
 def _draw_cache(record: dict[str, Any]) -> None:
     table(record["entries"], ["name", "bytes"], record["folder"])
-    line(f"freed {megabytes(record['freed_bytes'])}")
+    if record["freed_bytes"]:
+        line(f"freed {megabytes(record['freed_bytes'])}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Json, Model, Seed, Text, Tokens
-from rarefy.cli.loading import load
+from rarefy.cli.loading import load, need_plain, window
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, show, table
 from rarefy.cli.prune import check_density, need_tokenizer, to_device, versions
@@ -49,7 +49,8 @@ def compare(
     """Several recipes on the same model, calibration and held-out tokens, in one table."""
     chosen = candidates(names.listed(recipes), names.listed(densities), names.listed(patterns))
     loaded = load(model, device=device)
-    batches = to_device(calibration_batches(need_tokenizer(loaded), calibration_tokens, seed=seed, path=calibration), device)
+    need_plain(loaded)
+    batches = to_device(calibration_batches(need_tokenizer(loaded), calibration_tokens, window(loaded), seed, calibration), device)
     with bars(as_json) as progress:
         record = measure(loaded, batches, chosen, heldout_ids(loaded.tokenizer, tokens, text).to(device), seed, journal, progress)
     show(record, as_json, lambda r: table(r["rows"], COLUMNS, f"{model}: perplexity over {r['summary']['tokens']} tokens"))
@@ -77,4 +78,4 @@ def measure(loaded: Loaded, batches: list[dict[str, Tensor]], chosen: Sequence[t
 
 
 def scorer(loaded: Loaded) -> Callable[[nn.Module, Tensor], Tensor]:
-    return lambda model, ids: token_nll(model, ids, 512, None, loaded.tokenizer.bos_token_id)
+    return lambda model, ids: token_nll(model, ids, window(loaded), None, loaded.tokenizer.bos_token_id)

@@ -46,5 +46,18 @@ def _search(folder: Path, max_loss: str, calibration_tokens: int, tokens: int) -
     from rarefy.cli.names import share
 
     with bars() as progress:
-        record = optimizing.run(load("demo"), share(max_loss), ["sparsegpt"], ["default"], None, calibration_tokens, None, tokens, "cpu", 0, str(folder / "model"), False, progress)
+        record = optimizing.run(
+            load("demo"),
+            share(max_loss),
+            optimizing.candidates(["sparsegpt"], ["default"]),
+            None,
+            calibration_tokens,
+            None,
+            tokens,
+            "cpu",
+            0,
+            str(folder / "model"),
+            False,
+            progress,
+        )
     optimizing.draw({**record, "out": str(folder / "model")})

@@ -30,7 +30,7 @@ def generate(
     loaded = load(model, dtype=dtype, device=device)
     record = run(loaded.model, need_tokenizer(loaded), prompt, tokens=tokens, runs=runs, engine=engine, head=head)
     if record["warning"]:
-        err.print(f"warning: {record['warning']}")
+        err.print(f"warning: {record['warning']}", highlight=False, soft_wrap=True)
     show({**record, "model": model}, as_json, lambda r: _draw(prompt, r))
 
 

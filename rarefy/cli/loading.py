@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from rarefy.cli.output import err, megabytes
+from rarefy.core.errors import Refused
 from rarefy.hub import load as hub
+from rarefy.hub.packed import Packed
 from rarefy.hub.shards import ShardedWeights, available_bytes, folder_bytes, load_sharded
+from rarefy.hub.text import WINDOW
 
 
 def load(spec: str, **options: Any) -> hub.Loaded:
@@ -20,7 +26,7 @@ def load_or_stream(spec: str, stream: bool | None, **options: Any) -> tuple[hub.
     """The model in memory, or its weights left in their files: as asked, or (None) where the folder is larger than memory."""
     size, memory = folder_bytes(spec), available_bytes()
     if stream is None and memory is not None and size > memory:
-        err.print(f"{megabytes(size)} of weights and {megabytes(memory)} of memory: the weights are streamed", highlight=False)
+        err.print(f"{megabytes(size)} of weights and {megabytes(memory)} of memory: the weights are streamed", highlight=False, soft_wrap=True)
         stream = True
     if not stream:
         return load(spec, **options), None
@@ -28,10 +34,24 @@ def load_or_stream(spec: str, stream: bool | None, **options: Any) -> tuple[hub.
     return load_sharded(spec, **options)
 
 
+def window(loaded: hub.Loaded) -> int:
+    """Tokens of a calibration or scoring window: `WINDOW`, or fewer where the model has fewer positions."""
+    return min(WINDOW, getattr(loaded.model.config, "max_position_embeddings", None) or WINDOW)
+
+
+def need_plain(loaded: hub.Loaded) -> None:
+    """Refused: the model is packed, so that there is no plain weight to work on."""
+    if any(isinstance(module, Packed) for module in loaded.model.modules()):
+        raise Refused(f"{loaded.spec} is packed", "only plain weights can be pruned or packed", "begin from the folder that it was packed from")
+
+
 def _quiet() -> None:
     try:
+        from transformers import modeling_gguf_pytorch_utils as gguf
         from transformers.utils import logging
     except ModuleNotFoundError:
         return  # loading raises with the extra to install
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        vars(gguf)["tqdm"] = partial(tqdm, disable=True)  # this bar asks no logger

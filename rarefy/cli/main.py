@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from typing import Annotated, Any
 
@@ -10,6 +11,12 @@ import typer
 
 from rarefy.core.discover import load_plugin
 from rarefy.core.errors import RarefyError
+
+_INTERRUPTED = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
+_NAMED = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_DISK = (*_FULL, *_CLOSED, *_NAMED)
 
 app = typer.Typer(
     name="rarefy",
@@ -36,18 +43,23 @@ def options(
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit code is returned by the console script."""
-    import rarefy.cli.verbs
-
-    assert rarefy.cli.verbs is not None
     try:
+        import rarefy.cli.verbs
+
+        assert rarefy.cli.verbs is not None
         code: Any = app(args=argv, standalone_mode=False)
+        if code == _INTERRUPTED:  # typer makes a code of Ctrl-C
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except RarefyError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing half-written was left, run the same command again", 130)
+        return _fail("interrupted; nothing half-written was left, run the same command again", _INTERRUPTED)
+    except BrokenPipeError:  # the reader had enough, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT):
+        if error.errno not in _DISK:
             raise
         return _fail(f"{error.filename or 'a file'}: {error.strerror}; nothing half-written was left.", 6)
     except typer.Exit as stop:
@@ -56,7 +68,13 @@ def main(argv: list[str] | None = None) -> int:
         usage = getattr(error, "format_message", None)
         if usage is None:
             raise
-        return _fail(usage(), getattr(error, "exit_code", 2))
+        return _fail(f"{usage().rstrip('.')}; see {_help(error)}.", getattr(error, "exit_code", 2))
+
+
+def _help(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    verb = getattr(context, "info_name", None) if getattr(context, "parent", None) is not None else None
+    return f"rarefy {verb} --help" if verb else "rarefy --help"
 
 
 def _fail(message: str, code: int) -> int:

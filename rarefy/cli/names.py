@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import math
 from typing import Any, TypeVar
 
 from rarefy.core.discover import methods, pick, recipes
@@ -21,7 +22,7 @@ def part(role: type[T], text: str) -> T:
     """The part that a text names, its hyper-parameters as `name:field=value,field=value`.
 
     Raises:
-        BadInput: an unknown name, an unknown field or a value that is no number, word or boolean.
+        BadInput: an unknown name, an unknown field, or a value that the field does not take.
 
     >>> part(Allocation, "uniform")
     Uniform()
@@ -33,7 +34,10 @@ def part(role: type[T], text: str) -> T:
     unknown = sorted(set(given) - fields)
     if unknown:
         raise BadInput(f"{text!r}", f"{name} has the fields {', '.join(sorted(fields)) or 'none'}, not {', '.join(unknown)}")
-    return kind(**{key: _value(value) for key, value in given.items()})
+    try:
+        return kind(**{key: _value(value) for key, value in given.items()})
+    except TypeError as error:
+        raise BadInput(f"{text!r}", f"a field of {name} is missing or has a value of the wrong kind", f"write for example {name}:{min(fields, default='field')}=0.5") from error
 
 
 def _value(text: str) -> Any:
@@ -70,10 +74,13 @@ def share(text: str) -> float:
         value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
     except ValueError as error:
         raise BadInput(f"{text!r}", "a share is a number such as 0.05 or 5%") from error
-    if not value >= 0:
-        raise BadInput(f"{text!r}", "a share is not negative")
+    if not 0 <= value < math.inf:
+        raise BadInput(f"{text!r}", "a share is a finite number, and not negative", "pass for example 5%")
     return value
 
 
 def listed(text: str) -> list[str]:
-    return [item.strip() for item in text.split(",") if item.strip()]
+    found = [item.strip() for item in text.split(",") if item.strip()]
+    if not found:
+        raise BadInput(f"{text!r}", "a list names at least one thing", "separate several by commas")
+    return found

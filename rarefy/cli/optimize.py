@@ -12,10 +12,11 @@ import typer
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed, Text, Tokens
 from rarefy.cli.compare import scorer
-from rarefy.cli.loading import load
+from rarefy.cli.loading import load, need_plain, window
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, line, show, table
 from rarefy.cli.prune import need_tokenizer, to_device, versions
+from rarefy.core.records import Recipe
 from rarefy.hub.atomic import check_target
 from rarefy.hub.export import save_dense
 from rarefy.hub.load import Loaded
@@ -40,20 +41,25 @@ def optimize(
     as_json: Json = False,
 ) -> None:
     """The sparsest form of a model that loses at most so much, written as a plain folder."""
-    budget = names.share(max_loss)
+    budget, chosen = names.share(max_loss), candidates(names.listed(recipes), names.listed(allocations))
     check_target(Path(out), force=force)
     loaded = load(model, device=device)
+    need_plain(loaded)
     need_tokenizer(loaded)
     with bars(as_json) as progress:
-        record = run(loaded, budget, names.listed(recipes), names.listed(allocations), calibration, calibration_tokens, text, tokens, device, seed, out, force, progress)
+        record = run(loaded, budget, chosen, calibration, calibration_tokens, text, tokens, device, seed, out, force, progress)
     show({**record, "out": out}, as_json, draw)
+
+
+def candidates(recipes: list[str], allocations: list[str]) -> list[Recipe]:
+    """Every recipe with every allocation, `default` being its own."""
+    return [names.recipe(r, allocation=None if a == "default" else a) for r in recipes for a in allocations]
 
 
 def run(
     loaded: Loaded,
     budget: float,
-    recipes: list[str],
-    allocations: list[str],
+    chosen: list[Recipe],
     calibration: str | None,
     calibration_tokens: int,
     text: str | None,
@@ -64,10 +70,9 @@ def run(
     force: bool,
     progress: Any,
 ) -> dict[str, Any]:
-    batches = to_device(calibration_batches(loaded.tokenizer, calibration_tokens, seed=seed, path=calibration), device)
+    batches = to_device(calibration_batches(loaded.tokenizer, calibration_tokens, window(loaded), seed, calibration), device)
     ids = heldout_ids(loaded.tokenizer, tokens, text).to(device)
     evaluate = scorer(loaded)
-    chosen = [names.recipe(r, allocation=None if a == "default" else a) for r in recipes for a in allocations]
     began = time.monotonic()
     journal = Path(f"{out.rstrip('/')}.tries.json")
     record, pruned = search(loaded.model, batches, chosen, lambda m: evaluate(m, ids), max_loss=budget, seed=seed, journal=journal, progress=progress)

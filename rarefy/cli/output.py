@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+UNBOUNDED = 10_000  # columns
 err = Console(stderr=True)
 
 
@@ -24,14 +26,21 @@ def show(record: Any, as_json: bool, draw: Callable[[Any], None]) -> None:
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], title: str | None = None) -> None:
-    """An aligned table; numbers to the right. It keeps its width in a pipe."""
+    """An aligned table; numbers to the right. It keeps its width in a pipe; where a terminal is too narrow for its words, a row is a list."""
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    drawn = Table(title=title, title_justify="left")
+    drawn = Table()
     for column in columns:
-        drawn.add_column(column, justify="right" if any(isinstance(r.get(column), (int, float)) for r in rows) else "left")
+        words = " ".join([column, *(text(row.get(column)) for row in rows)]).split()
+        drawn.add_column(column, justify="right" if any(isinstance(r.get(column), (int, float)) for r in rows) else "left", min_width=max(map(len, words)))
     for row in rows:
         drawn.add_row(*(text(row.get(c)) for c in columns))
-    console.print(drawn)
+    if title:
+        line(title)  # rich would break it at the table's width
+    if Measurement.get(console, console.options.update(max_width=UNBOUNDED), drawn).minimum <= console.width:
+        console.print(drawn)
+        return
+    for row in rows:
+        line("\n".join(f"{'' if column == columns[0] else '  '}{column}: {text(row.get(column))}" for column in columns if text(row.get(column))))
 
 
 def line(words: str) -> None:
@@ -53,7 +62,11 @@ def text(value: Any) -> str:
 
 
 def megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"
+    """
+    >>> megabytes(1_260_000), megabytes(12_300)
+    ('1.3 MB', '12.3 kB')
+    """
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 @contextmanager

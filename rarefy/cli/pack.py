@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from rarefy.activations.attach import attach_gates
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed
-from rarefy.cli.loading import load
+from rarefy.cli.loading import load, need_plain, window
 from rarefy.cli.main import app
 from rarefy.cli.output import line, megabytes, show, text
 from rarefy.cli.prune import need_tokenizer
@@ -46,11 +47,12 @@ def pack(
     check_target(Path(out), force=force)
     if (gate is None) != (not gate_at):
         raise BadInput("--gate and --gate-at", "one says which gate, the other where", "pass both, for example --gate topk:density=0.5 --gate-at '*.mlp.down_proj'")
-    chosen = None if gate is None else _gate(gate)
+    chosen = None if gate is None else names.part(Gate, gate)
     loaded = load(model, device=device)
+    need_plain(loaded)
     kept: dict[str, float | None] = {}
     if chosen is not None:
-        batches = calibration_batches(need_tokenizer(loaded), calibration_tokens, seed=seed, path=calibration)
+        batches = calibration_batches(need_tokenizer(loaded), calibration_tokens, window(loaded), seed, calibration)
         kept = attach_gates(loaded.model, chosen, gate_at or (), batches)
     chosen_layout = Chooser(_batches(batch), cache_dir() / "layouts.json") if layout == "auto" else layout
     record = save_packed(loaded.model, loaded.tokenizer, out, chosen_layout, force=force)
@@ -65,16 +67,9 @@ def _batches(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _gate(text: str) -> Gate:
-    try:
-        return names.part(Gate, text)
-    except TypeError as error:
-        raise BadInput(f"gate {text!r}", "a gate's settings are numbers", "pass for example topk:density=0.5") from error
-
-
 def _draw(r: dict[str, Any]) -> None:
     line(f"{r['packed']} of {len(r['sites'])} matrices packed: {megabytes(r['bytes_dense'])} became {megabytes(r['bytes_stored'])}; written to {r['out']}")
-    for reason in sorted({s["dense_because"] for s in r["sites"] if s["dense_because"]}):
-        line(f"dense: {sum(s['dense_because'] == reason for s in r['sites'])} matrices, {reason}")
+    for reason, count in Counter(s["dense_because"] for s in r["sites"] if s["dense_because"]).most_common(3):
+        line(f"{count} stay dense: {reason}")
     for gate in r["gates"]:
         line(f"gate {gate['gate']} on {gate['name']}: {text(gate['density'])} of its calibration activations stay")

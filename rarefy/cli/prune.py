@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import typer
 
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed
-from rarefy.cli.loading import load_or_stream
+from rarefy.cli.loading import load_or_stream, need_plain, window
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, err, line, show, table, text
 from rarefy.core.errors import BadInput, RarefyError
@@ -62,7 +63,8 @@ def prune(
         clear_drafts(whole)
         began = time.monotonic()
         loaded, weights = load_or_stream(model, stream, dtype=dtype, device=device)
-        batches = to_device(calibration_batches(need_tokenizer(loaded), calibration_tokens, seed=seed, path=calibration), device)
+        need_plain(loaded)
+        batches = to_device(calibration_batches(need_tokenizer(loaded), calibration_tokens, window(loaded), seed, calibration), device)
         loaded_at = time.monotonic()
         with bars(as_json) as progress:
             record = prune_model(
@@ -116,7 +118,7 @@ def _write_masks(path: Path, sites: list[dict[str, Any]], checkpoint: Checkpoint
 
 
 def _say_resumed(finished: int, groups: int) -> None:
-    err.print(f"resumed after {finished} of {groups} blocks", highlight=False)
+    err.print(f"resumed after {finished} of {groups} blocks", highlight=False, soft_wrap=True)
 
 
 def check_density(density: float) -> None:
@@ -142,15 +144,20 @@ def versions() -> dict[str, str]:
     return {"rarefy": rarefy.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
+def _kin(name: str) -> str:
+    """What the same matrix of every block, and of every expert, is called."""
+    return ".".join(part for part in re.sub(r"\[\d+\]", "", name.removesuffix(".weight")).split(".") if not part.isdigit())
+
+
 def _draw(record: dict[str, Any]) -> None:
     groups: dict[str, list[dict[str, Any]]] = {}
     for site in record["sites"]:
-        groups.setdefault(".".join(p for p in site["name"].removesuffix(".weight").split(".") if not p.isdigit()), []).append(site)
+        groups.setdefault(_kin(site["name"]), []).append(site)
     rows = [
         {
             "matrices": name,
             "n": len(sites),
-            "density": sum(s["kept"] for s in sites) / sum(s["kept"] / s["density"] for s in sites if s["density"]) if any(s["density"] for s in sites) else 0.0,
+            "density": sum(s["kept"] for s in sites) / max(sum(math.prod(s["shape"]) for s in sites), 1),
             "error, mask only": sum(s["error_mask_only"] for s in sites) / len(sites),
             "error": sum(s["error"] for s in sites) / len(sites),
         }

@@ -47,3 +47,9 @@ class Refused(RarefyError):
     """The request is understood and would be wrong to carry out (a silent error elsewhere)."""
 
     exit_code = 5
+
+
+class DiskError(Refused):
+    """The disk is full, or what is named cannot be written there."""
+
+    exit_code = 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 DRAFT = ".tmp-"  # in the name of a file whose writer was killed
@@ -24,8 +25,12 @@ def write_atomic(path: Path, data: bytes) -> None:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(draft, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk names no file, and the draft's name is ours
+        raise
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # the error above says more
+            draft.unlink()
     if hasattr(os, "O_DIRECTORY"):
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:

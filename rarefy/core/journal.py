@@ -22,9 +22,11 @@ class Journal:
         self.rows: dict[str, Any] = {}
         if self.path.is_file():
             try:
-                self.rows = json.loads(self.path.read_text())
-            except json.JSONDecodeError as error:
-                raise BadInput(f"journal {path}", "it must be JSON that an earlier run wrote", "delete it") from error
+                self.rows = dict(json.loads(self.path.read_text()))
+            except (ValueError, TypeError) as error:
+                raise BadInput(f"journal {path}", "it must be JSON that an earlier run wrote", "name another file") from error
+        if not all("|" in key for key in self.rows):
+            raise BadInput(f"journal {path}", "its keys are not those of a journal, and nothing is written into other files", "name another file")
 
     def get(self, key: str) -> dict[str, Any] | None:
         return self.rows.get(f"{self.setting}|{key}")

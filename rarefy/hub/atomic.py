@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rarefy.core.errors import Refused
+from rarefy.core.errors import DiskError, Refused
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_target(out: Path, *, force: bool) -> None:
@@ -20,6 +20,8 @@ def check_target(out: Path, *, force: bool) -> None:
 
     `force` replaces a model folder (one with a config.json), never an arbitrary one.
     """
+    if out.name in ("", ".."):
+        raise Refused(f"--out {str(out)!r}", "what is written is a folder of its own, with a name", "name a new folder")
     if not out.exists():
         return
     if not out.is_dir():
@@ -43,16 +45,17 @@ def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
     except OSError as error:
-        raise Refused(f"{out} cannot be written", str(error.strerror), "name a folder you may write to") from error
+        raise DiskError(f"{out} cannot be written", str(error.strerror), "name a folder you may write to") from error
     try:
         yield draft
         _sync(draft)
         draft.chmod(0o777 & ~_umask())
+        check_target(out, force=force)  # another run may have been faster
         _swap(draft, out)
     except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
         if _is_full(error):
-            raise Refused(f"{out} was not written", "the disk is full", "free some space; nothing was left behind") from error
+            raise DiskError(f"{out} was not written", "the disk is full", "free some space; nothing half-written was left") from error
         raise
 
 

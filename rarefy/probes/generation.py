@@ -12,7 +12,7 @@ from torch import Tensor
 from rarefy.core.errors import BadInput
 from rarefy.hub.engines import use_engine
 from rarefy.probes.memory import peak_bytes
-from rarefy.probes.perplexity import model_name
+from rarefy.probes.perplexity import model_name, need_causal
 from rarefy.probes.timers import busy
 
 
@@ -28,10 +28,11 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, tokens: int = 64, runs:
         model_bytes, rss_bytes (the peak), warning}; all speeds are measured.
 
     Raises:
-        BadInput: an empty prompt, no room for a token, or no round.
+        BadInput: an empty prompt, no room for a token, or no round. Refused: a model that is not causal.
     """
     if runs < 1:
         raise BadInput(f"runs is {runs}", "at least one timed round is needed", "pass for example 3")
+    need_causal(model)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     room = getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + tokens
     if not ids.numel() or tokens < 1 or ids.shape[1] + tokens > room:

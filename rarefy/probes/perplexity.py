@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.core.errors import BadInput
+from rarefy.core.errors import BadInput, Refused
 
 DEFAULT_TOKENS = 16_384
 DEFAULT_WINDOW = 512
@@ -56,9 +56,17 @@ def _spans(count: int, room: int, step: int, bos: bool) -> Iterator[Span]:
         done, begin = end, begin + step
 
 
+def need_causal(model: nn.Module) -> None:
+    """Refused: every attention of the model looks ahead, so that it would be asked for a token that it sees."""
+    seen = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    if seen and not any(seen):
+        raise Refused(f"{model_name(model)} is a {type(model).__name__} that attends in both directions", "next-token figures of it mean nothing", "use a causal language model")
+
+
 def _checked(model: nn.Module, ids: Tensor, window: int) -> Tensor:
     if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32):
         raise BadInput(f"ids are {ids.dtype} of shape {list(ids.shape)}", "a text is one row of token ids, int64 [N]", "pass ids.flatten()")
+    need_causal(model)
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if limit is not None and window > limit:
         raise BadInput(f"window is {window}", f"this model has {limit} positions", f"pass a window of at most {limit}")
@@ -83,7 +91,8 @@ def token_nll(model: nn.Module, ids: Tensor, window: int = DEFAULT_WINDOW, strid
     ``nll_t = -log p(id_t | ids of its window before t)``; ids int64 [N], `bos` a token id put before each window or
     None; float32 [N] nats with a BOS; without one, less the tokens that `spans` cannot score.
 
-    Raises BadInput for malformed ids, a window beyond the model's positions, logits that are not finite.
+    Raises BadInput for malformed ids, a window beyond the model's positions, logits that are not finite; Refused for a
+    model that is not causal.
     """
     return torch.cat(_window_nll(model, ids, window, stride, bos) or [torch.empty(0)])
 

@@ -33,7 +33,7 @@ def report(folder: str | Path) -> str:
     """
     path = Path(folder) / "prune.json"
     if not path.is_file():
-        raise BadInput(f"{folder} has no prune.json", "a report is about a folder that prune or optimize wrote", "run rarefy prune first")
+        raise BadInput(f"{folder} has no prune.json", "a report is about a folder that prune or optimize wrote", "name that folder, also where it was packed into another")
     try:
         record = json.loads(path.read_text())
         return page(record, _bytes(Path(folder)))

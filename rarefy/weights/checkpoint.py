@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rarefy.core.errors import BadFile, Refused
+from rarefy.core.errors import BadFile, DiskError, Refused
 from rarefy.core.files import DRAFT, write_atomic
 
 try:
@@ -182,8 +182,8 @@ class Checkpoint:
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(path) from error
 
-    def _unwritable(self, error: OSError) -> Refused:
-        return Refused(f"checkpoint {self.folder} cannot be written", str(error.strerror), "free some space or name another folder; finished blocks are kept")
+    def _unwritable(self, error: OSError) -> DiskError:
+        return DiskError(f"checkpoint {self.folder} cannot be written", str(error.strerror), "free some space or name another folder; finished blocks are kept")
 
     def _damaged(self, path: Path) -> BadFile:
         return BadFile(f"checkpoint file {path}", "it is truncated or was changed", f"delete {path.parent} and begin again")

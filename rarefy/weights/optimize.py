@@ -37,8 +37,8 @@ class Loss:
 def relative_loss(dense_nll: Tensor, nll: Tensor, *, block: int = 511, draws: int = 2000, seed: int = 0) -> Loss:
     """How much perplexity rose, relative to the dense model, on the same tokens.
 
-    ``loss = exp(mean(nll - dense_nll)) - 1``; the 95% interval resamples blocks of `block` neighbouring tokens, the
-    pair kept together.
+    ``loss = exp(mean(nll - dense_nll)) - 1``; the 95% interval resamples blocks of `block` neighbouring tokens
+    (of half the text where it is shorter than two), the pair kept together.
 
     Args:
         dense_nll, nll: float [N], nats a token, of the same N tokens.
@@ -52,7 +52,8 @@ def relative_loss(dense_nll: Tensor, nll: Tensor, *, block: int = 511, draws: in
     if dense_nll.shape != nll.shape or not torch.isfinite(nll).all():
         raise BadInput(f"{tuple(nll.shape)} token losses against {tuple(dense_nll.shape)} dense ones", "both must be finite and of the same tokens")
     rise = (nll - dense_nll).double()
-    whole = rise[: max(1, len(rise) // block) * block].split(block) if len(rise) >= block else [rise]
+    block = max(1, min(block, len(rise) // 2))  # of one block there is no interval
+    whole = rise[: len(rise) // block * block].split(block)
     sums, sizes = torch.stack([b.sum() for b in whole]), torch.tensor([float(len(b)) for b in whole], dtype=torch.float64)
     pick = torch.randint(len(whole), (draws, len(whole)), generator=torch.Generator().manual_seed(seed))
     means = sums[pick].sum(1) / sizes[pick].sum(1)

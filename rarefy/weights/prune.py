@@ -241,13 +241,19 @@ class _Flow:
         }
         asked = {name: available[name]() for name in asks(self.allocation.counts) if name in available}
         counts = self.allocation.counts(units, target, **asked)
-        reached = {s.name: self.pattern.nearest(s.shape, counts[s.name]) for s in self.sites}
+        reached = {s.name: self._nearest(s, counts[s.name]) for s in self.sites}
         if abs(sum(reached.values()) - target) > COUNT_TOLERANCE * max(target, 1) + len(units):
             got = sum(reached.values()) / sum(u.numel for u in units)
             raise BadInput(
                 f"density {density} with pattern {describe(self.pattern)}", f"the nearest that the pattern reaches is {got:.4g}", f"ask for --density {got:.4g}, or another pattern"
             )
         return reached
+
+    def _nearest(self, site: Site, count: int) -> int:
+        try:
+            return self.pattern.nearest(site.shape, count)
+        except BadInput as error:
+            raise BadInput(f"{site.name} of {error.value}", error.rule, error.remedy) from error
 
     def _scores(self, site: Site, stats: Stats) -> Tensor:
         criterion = _rating(self.recipe.solver)

@@ -79,8 +79,9 @@ void many(const Blocks& w, const float* x, const float* bias, float* y, i64 batc
     for (i64 b = 0; b < batch; b += kColumns) {
       const i64 left = std::min(batch - b, kColumns);
       const int wide = lanes_of(left);
-      kernels.blocks_tile(w, in.get() + b * columns, bias, out.get(), wide, from, to);
-      kernels.turn(out.get() + first * wide, wide, last - first, left, y + b * w.rows + first, w.rows, last - first);
+      float* mine = out.get() + first * kColumns; // other threads may be at a tile of another width
+      kernels.blocks_tile(w, in.get() + b * columns, bias, mine - first * wide, wide, from, to);
+      kernels.turn(mine, wide, last - first, left, y + b * w.rows + first, w.rows, last - first);
     }
   });
 }

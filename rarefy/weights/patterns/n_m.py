@@ -41,6 +41,10 @@ class NM(Pattern):
             raise BadInput(f"pattern {self.n}:{self.m}", "n:m keeps n of every m, 0 < n <= m", "pass for example 2:4")
 
     @property
+    def text(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
     def span(self) -> int:
         return self.m
 

@@ -58,7 +58,11 @@ class Block(Pattern):
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.columns < 1:
-            raise BadInput(f"pattern block:{self.rows}x{self.columns}", "a block has at least one row and one column", "pass for example block:4x1")
+            raise BadInput(f"pattern {self.text}", "a block has at least one row and one column", "pass for example block:4x1")
+
+    @property
+    def text(self) -> str:
+        return f"block:{self.rows}x{self.columns}"
 
     @classmethod
     def examples(cls) -> tuple[Any, ...]:
