@@ -1,0 +1,1 @@
+"""One model into another."""
