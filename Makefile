@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH  := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: install demo test check docs catalogue sanitize without-compiler clean
+.PHONY: install demo test check docs catalogue replicate sanitize without-compiler clean
 
 install: $(STAMP)
 
@@ -39,6 +39,10 @@ docs: install
 catalogue: install
 	$(BIN)/python -m pytest -m evidence --record-evidence
 	$(BIN)/rarefy catalogue --write
+
+# The heavier checks whose sources changed since their committed result; `make catalogue` afterwards.
+replicate: install
+	$(BIN)/python -m replications.run
 
 # The kernels under the address and undefined-behaviour sanitizers.
 sanitize: install

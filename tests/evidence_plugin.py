@@ -46,5 +46,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("--record-evidence") and _seen:
         known = json.loads(catalogue.EVIDENCE.read_text()) if catalogue.EVIDENCE.is_file() else {}
-        known |= {slug: [rows[key] for key in sorted(rows)] for slug, rows in _seen.items()}
+        for slug, rows in _seen.items():
+            replicated = [c for c in known.get(slug, []) if c["kind"] == "replication"]  # `make replicate` wrote them
+            known[slug] = sorted([*rows.values(), *replicated], key=lambda c: (c["name"], c["kind"]))
         catalogue.EVIDENCE.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")

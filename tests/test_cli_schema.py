@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -13,11 +14,12 @@ import pytest
 import torch
 
 from rarefy.cli.main import main
+from rarefy.hub.cache import cached_folder
 
 jsonschema = pytest.importorskip("jsonschema")
 transformers = pytest.importorskip("transformers")
 SCHEMAS = Path(__file__).parent.parent / "docs" / "schema"
-VERBS = ("prune", "eval", "generate", "compare", "optimize", "catalogue")
+VERBS = ("prune", "eval", "generate", "compare", "optimize", "catalogue", "train", "methods", "cache", "report")
 
 
 def model_folder(folder: Path) -> str:
@@ -36,9 +38,12 @@ def model_folder(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def printed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """{verb: the document it prints}, every verb run once."""
+    pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("schema")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAREFY_CACHE", str(folder / "cache"))
     tiny = model_folder(folder / "tiny")
     calibration, text = ["--calibration", f"{tiny}/text.txt", "--calibration-tokens", "512"], ["--text", f"{tiny}/text.txt", "--tokens", "1024"]
     commands = {
@@ -48,14 +53,24 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "compare": [tiny, "--recipes", "magnitude", "--patterns", "default,2:4", *calibration, *text],
         "optimize": [tiny, "--max-loss", "1%", "--out", str(folder / "small"), *calibration, *text],
         "catalogue": [],
+        "train": ["digits", "--recipe", "static", "--steps", "2"],
+        "methods": [],
+        "cache": [],
+        "report": [str(folder / "half")],
     }
+    cached_folder("entry", lambda draft: draft.joinpath("file").write_bytes(b"12"), {})
     found = {}
     for verb, arguments in commands.items():
         out = StringIO()
         with redirect_stdout(out):
             assert main([verb, *arguments, "--json"]) == 0, verb
         found[verb] = json.loads(out.getvalue())
-    return found
+    yield found
+    patch.undo()
+
+
+def test_the_cache_that_was_listed_holds_an_entry(printed: dict[str, Any]) -> None:
+    assert [entry["bytes"] > 0 for entry in printed["cache"]["entries"]] == [True]
 
 
 def validator(verb: str) -> Any:
@@ -84,6 +99,12 @@ def test_a_schema_refuses_wrong_values(printed: dict[str, Any]) -> None:
     record = copy.deepcopy(printed["prune"])
     record["sites"][0]["density"] = 1.5
     assert not validator("prune").is_valid(record)
+    record = copy.deepcopy(printed["train"])
+    record["metric"]["accuracy"] = "high"
+    assert not validator("train").is_valid(record)
+    assert not validator("report").is_valid({"report": "half"})
+    assert not validator("cache").is_valid({**printed["cache"], "freed_bytes": -1})
+    assert not validator("methods").is_valid([])
     rows = copy.deepcopy(printed["catalogue"][:1])
     rows[0]["status"] = "done"
     assert not validator("catalogue").is_valid(rows)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rarefy.core.errors import BadInput
+from rarefy.kernels.library import SWITCH, native
 from rarefy.probes import timers
 from rarefy.probes.generation import generate
 
@@ -85,3 +86,22 @@ def test_a_busy_machine_is_reported_and_a_quiet_one_is_not(monkeypatch: pytest.M
     for load, expected in ((0.1 * cores, False), (0.9 * cores, True)):
         monkeypatch.setattr(timers, "os", SimpleNamespace(getloadavg=lambda load=load: (load, 0, 0), cpu_count=lambda: cores))
         assert (timers.busy() is not None) == expected
+
+
+def test_the_native_engine_writes_the_same_text_and_auto_says_why_not() -> None:
+    if native() is None:
+        pytest.skip("the native kernels were not built here")
+    words = generate(llama(), Letters(), "abc", tokens=40, runs=1)
+    fast = generate(llama(), Letters(), "abc", tokens=40, runs=1, engine="auto")
+    assert fast["engine"].startswith("rarefy, native kernels") and fast["text"] == words["text"]
+    other = generate(gpt2(), Letters(), "abc", tokens=5, runs=1, engine="auto")
+    assert other["engine"].startswith("transformers (a GPT2LMHeadModel: the native decoder knows LlamaForCausalLM")
+    with pytest.raises(BadInput, match="a GPT2LMHeadModel"):
+        generate(gpt2(), Letters(), "abc", tokens=5, runs=1, engine="native")
+    with pytest.raises(BadInput, match="engine 'warp': known are auto, native, transformers"):
+        generate(gpt2(), Letters(), "abc", tokens=5, runs=1, engine="warp")
+
+
+def test_switched_off_kernels_leave_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "off")
+    assert "no native kernels" in generate(llama(), Letters(), "abc", tokens=3, runs=1, engine="auto")["engine"]

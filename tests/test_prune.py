@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +13,11 @@ from torch import nn
 from rarefy.core.collect import collect_all
 from rarefy.core.discover import recipes
 from rarefy.core.errors import BadInput
+from rarefy.weights.criteria.magnitude import Magnitude
 from rarefy.weights.patterns import parse_pattern
-from rarefy.weights.prune import prune
+from rarefy.weights.prune import prune, relative_error, statistic
 from rarefy.weights.sites import find_sites
+from rarefy.weights.solvers.keep import Keep
 
 transformers = pytest.importorskip("transformers")
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -170,3 +174,116 @@ def test_refusals_name_the_value_and_the_rule(options: dict[str, Any], message: 
 def test_activation_recipes_refuse_to_run_without_batches() -> None:
     with pytest.raises(BadInput, match="no calibration batches for input_norm"):
         prune(nn.Linear(8, 8), [], recipes()["wanda"], density=0.5)
+
+
+class Grouped(nn.Module):
+    """An embedding, a grouped convolution and a matrix: the inputs of the last alone can be measured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.conv, self.out = nn.Embedding(10, 8), nn.Conv1d(8, 8, 3, padding=1, groups=2), nn.Linear(8, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.out(self.conv(self.embed(ids).transpose(1, 2)).transpose(1, 2))
+
+
+def test_a_weight_only_recipe_measures_what_can_be_measured_and_says_which() -> None:
+    torch.manual_seed(0)
+    model, ids = Grouped(), torch.arange(10).view(2, 5)
+    dense = {n: p.detach().clone() for n, p in model.named_parameters()}
+    hessian = collect_all(model, [ids], find_sites(model, include=["out"]), [statistic("hessian")])["hessian"]["out.weight"]
+    record = prune(model, [ids], recipes()["magnitude"], density=0.5, include=["*"])
+    assert {s["name"]: s["error_on"] for s in record["sites"]} == {"embed.weight": "weight", "conv.weight": "weight", "out.weight": "inputs"}
+    for site in record["sites"]:
+        known = hessian if site["error_on"] == "inputs" else None
+        assert site["error"] == pytest.approx(relative_error(dense[site["name"]], dict(model.named_parameters())[site["name"]].detach(), known), rel=1e-5)
+    assert [s.get("dead_inputs") for s in record["sites"]] == [None, None, 0]
+    with pytest.raises(BadInput, match=r"conv\.weight.*weight alone|embed\.weight.*weight alone"):
+        prune(Grouped(), [ids], recipes()["wanda"], density=0.5, include=["*"])
+
+
+def test_dead_inputs_are_counted_from_a_hessian_and_from_a_norm() -> None:
+    x = torch.randn(6, 8)
+    x[:, [1, 4, 5]] = 0
+    for recipe, errors in (("sparsegpt", True), ("wanda", False), ("magnitude", True)):
+        (site,) = prune(nn.Linear(8, 8), [x], recipes()[recipe], density=0.5, errors=errors)["sites"]
+        assert site["dead_inputs"] == 3
+        assert site["error_on"] == ("inputs" if errors else "weight")
+    (site,) = prune(nn.Linear(8, 8), [x], recipes()["magnitude"], density=0.5, errors=False)["sites"]
+    assert "dead_inputs" not in site
+
+
+class Spare(nn.Module):
+    """A chain of two blocks, a matrix before and one after it, and one that no forward reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.back, self.spare = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.blocks = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.front(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.back(x)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_site_that_saw_no_row_is_marked_outside_the_chain_and_with_known_statistics(known: bool) -> None:
+    model, batches = Spare(), [torch.randn(20, 8)]
+    statistics = collect_all(model, batches, find_sites(model), [statistic("hessian")]) if known else None
+    sites = prune(model, batches, recipes()["sparsegpt"], density=0.5, statistics=statistics)["sites"]
+    assert [s["name"] for s in sites if s.get("idle")] == ["spare.weight"]
+    (spare,) = (s for s in sites if s.get("idle"))
+    assert spare["error_on"] == "weight" and "dead_inputs" not in spare
+
+
+@pytest.mark.parametrize("mode", ["cascade", "parallel"])
+def test_sites_after_the_chain_see_the_pruned_model_in_cascade_mode_alone(mode: str) -> None:
+    torch.manual_seed(0)
+    model, x = Spare(), torch.randn(20, 8)
+    dense = copy.deepcopy(model)
+    record = prune(model, [x], recipes()["wanda"], density=0.3, mode=mode, exclude=["spare"])
+    errors = {s["name"]: s["error"] for s in record["sites"]}
+    seen = {}
+    for side in (dense, model):  # what the pruned model feeds its last matrix, and what the dense one feeds each
+        inputs: dict[str, torch.Tensor] = {}
+        for name, module in side.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(lambda _, a, name=name, inputs=inputs: inputs.update({f"{name}.weight": a[0].detach()}))
+        side(x)
+        seen[side] = inputs
+    assert record["mode"] == mode
+    for name, error in errors.items():
+        rows = seen[model if mode == "cascade" else dense][name]
+        old, new = (dict(m.named_parameters())[name].detach() for m in (dense, model))
+        assert error == pytest.approx(relative_error(old, new, rows.t() @ rows), rel=1e-4), name
+
+
+def test_a_model_that_is_no_chain_is_recorded_as_parallel() -> None:
+    assert prune(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), [torch.randn(9, 8)], recipes()["wanda"], density=0.5)["mode"] == "parallel"
+
+
+def test_errors_are_those_of_the_weights_as_stored() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(16, 16, bias=False).bfloat16(), torch.randn(64, 16).bfloat16()
+    dense = model.weight.detach().float().clone()
+    (site,) = prune(model, [x], recipes()["sparsegpt"], density=0.9)["sites"]
+    hessian = x.float().t() @ x.float()
+    assert site["error"] == pytest.approx(relative_error(dense, model.weight.detach().float(), hessian), rel=1e-6)
+
+
+def test_a_bias_for_a_layer_without_one_is_an_error() -> None:
+    class Shifting(Keep):
+        def solve(self, weights: Any, budget: Any, **options: Any) -> Any:
+            return {n: replace(p, bias=torch.ones(p.mask.shape[0])) for n, p in super().solve(weights, budget, **options).items()}
+
+    recipe = replace(recipes()["magnitude"], solver=Shifting(Magnitude()))
+    layer = nn.Linear(4, 4)
+    prune(layer, [], recipe, density=0.5)
+    assert layer.bias.tolist() == [1.0] * 4
+    bare = nn.Linear(4, 4, bias=False)
+    before = bare.weight.detach().clone()
+    with pytest.raises(BadInput, match=r"returned for weight: the layer has none to write it to"):
+        prune(bare, [], recipe, density=0.5)
+    assert torch.equal(bare.weight, before)

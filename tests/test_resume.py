@@ -18,66 +18,104 @@ from torch import nn
 from rarefy.cli.main import main
 from rarefy.core.discover import recipes
 from rarefy.core.errors import BadFile, Refused
+from rarefy.hub.export import save_dense
 from rarefy.weights.checkpoint import Checkpoint, unpack
 from rarefy.weights.prune import prune
 
 transformers = pytest.importorskip("transformers")
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
-# Every attempt forks from one warm process and kills itself at a random moment of real time, also inside a write.
+# Every run of the command forks from one warm process, which kills it at a random moment of real time: of the whole run, or
+# of its saving phase, whose beginning the child tells through a pipe.
 SCRIPT = """
-import copy, json, os, random, signal, sys, threading, time, traceback
+import json, os, random, shutil, signal, sys, time, traceback
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-import transformers
-from safetensors.torch import save_file
-from rarefy.core.discover import recipes
-from rarefy.weights.prune import prune
+from rarefy.cli import prune as verb
+from rarefy.cli.main import main
 
 folder, root, cases = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-batches = [{"input_ids": torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))}]
-model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-prune(copy.deepcopy(model), batches, recipes()["sparsegpt"], density=0.5)  # imports and caches, before any fork
+FILES = ("model.safetensors", "masks.safetensors", "prune.json")
 
-def attempt(recipe, mode, out, rng, deadline):
-    if deadline is not None:
-        threading.Timer(deadline, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    def progress(done, total, label):
-        if deadline is not None:
-            time.sleep(rng.uniform(0, 0.03))
-    found = prune(model, batches, recipes()[recipe], density=0.5, mode=mode, progress=progress, checkpoint=None if deadline is None else out / "partial")
-    (out / "record.json").write_text(json.dumps(found))
-    save_file(dict(model.state_dict()), out / "weights.safetensors")
+def command(out, options):
+    return main(["prune", folder, "--out", str(out), "--calibration", f"{folder}/text.txt", "--calibration-tokens", "256", *options])
 
-def child(*arguments):
+def start(out, options):
+    told, tell = os.pipe()
     pid = os.fork()
-    if pid == 0:
-        try:
-            attempt(*arguments)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
+    if pid:
+        os.close(tell)
+        return pid, told
+    save = verb.save_dense
+    def announced(*arguments, **more):
+        os.write(tell, b"s")
+        return save(*arguments, **more)
+    verb.save_dense = announced
+    sys.stdout = sys.stderr = open(out.parent / "log", "a")
+    try:
+        os._exit(command(out, options))
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(99)
+
+def end(pid, told):
+    os.close(told)
     status = os.waitpid(pid, 0)[1]
     assert status in (0, signal.SIGKILL), status
     return status == 0
 
-told = {}
-for recipe, mode, seed in cases:
-    out, rng = root / f"{recipe}-{mode}-{seed}", random.Random(seed)
+def whole(out, options):
+    began = time.monotonic()
+    pid, told = start(out, options)
+    assert os.read(told, 1) == b"s"
+    saving = time.monotonic()
+    assert end(pid, told)
+    return saving - began, time.monotonic() - saving
+
+def same(left, right):
+    return all((left / name).read_bytes() == (right / name).read_bytes() for name in FILES)
+
+assert command(root / "warm", []) == 0  # imports and caches, before any fork
+report = {}
+for options, kills, seed in cases:
+    base, rng = root / f"case-{seed}", random.Random(seed)
     for name in ("whole", "killed"):
-        (out / name).mkdir(parents=True)
-    assert child(recipe, mode, out / "whole", rng, None)
-    killed = resumed = 0
-    while True:
-        resumed += any((out / "killed" / "partial").glob("[!.]*.safetensors"))
-        if child(recipe, mode, out / "killed", rng, rng.uniform(0.05, 0.25) * 1.2 ** killed):
-            break
-        killed += 1
-    told[out.name] = {"killed": killed, "resumed": resumed}
-print(json.dumps(told))
+        (base / name).mkdir(parents=True)
+    out, partial = base / "killed" / "half", base / "killed" / "half.partial"
+    prunes, saves = whole(base / "whole" / "half", options)
+    told = {"killed": 0, "saving": 0, "resumed": 0, "started anew": 0, "same": True}
+    while told["killed"] < kills:
+        told["resumed"] += any(partial.glob("[!.]*.safetensors"))
+        pid, pipe = start(out, options)
+        saving = told["killed"] % 3 == 2
+        if saving:
+            os.read(pipe, 1)
+        time.sleep(rng.uniform(0,  (saves if saving else prunes + saves)))
+        os.kill(pid, signal.SIGKILL)
+        done = end(pid, pipe)
+        told["killed"] += not done
+        told["saving"] += saving and not done
+        if out.exists():  # whole under its name, whenever the kill came
+            told["same"] &= same(out, base / "whole" / "half")
+            told["started anew"] += 1
+            shutil.rmtree(out)
+            shutil.rmtree(partial, ignore_errors=True)
+    told["resumed"] += any(partial.glob("[!.]*.safetensors"))
+    assert end(*start(out, options))
+    told["same"] &= same(out, base / "whole" / "half")
+    told["left"] = sorted(p.name for p in out.parent.iterdir())
+    report[str(seed)] = told
+print(json.dumps(report))
 """
-CASES = [("sparsegpt", "cascade", 1), ("sparsegpt", "parallel", 2), ("owl", "cascade", 3)]
+# options, kills, seed
+CASES: list[tuple[list[str], int, int]] = [
+    (["--recipe", "sparsegpt"], 10, 1),
+    (["--recipe", "sparsegpt", "--mode", "parallel"], 2, 2),
+    (["--recipe", "owl"], 2, 3),
+    (["--recipe", "magnitude", "--no-errors"], 2, 4),
+    (["--recipe", "sparsegpt", "--stream"], 3, 5),
+]
 
 
 @pytest.fixture(scope="module")
@@ -94,21 +132,25 @@ def load(folder: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def outcomes(folder: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, int]]]:
+def outcomes(words: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     root = tmp_path_factory.mktemp("killed")
-    done = subprocess.run([sys.executable, "-c", SCRIPT, folder, str(root), json.dumps(CASES)], capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return root, json.loads(done.stdout)
+    command, env = [sys.executable, "-c", SCRIPT, words, str(root), json.dumps(CASES)], {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=240)
+    logs = "".join(p.read_text() for p in root.rglob("log"))
+    assert done.returncode == 0, done.stderr + logs
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-@pytest.mark.parametrize("case", ["-".join(map(str, c)) for c in CASES])
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(outcomes: tuple[Path, dict[str, dict[str, int]]], case: str) -> None:
-    root, told = outcomes
-    assert told[case]["killed"] >= 1
-    assert told[case]["resumed"] >= 1
-    for name in ("weights.safetensors", "record.json"):
-        assert (root / case / "killed" / name).read_bytes() == (root / case / "whole" / name).read_bytes()
+@pytest.mark.parametrize(("options", "kills", "seed"), CASES, ids=lambda v: "".join(v) if isinstance(v, list) else str(v))
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(outcomes: dict[str, dict[str, Any]], options: list[str], kills: int, seed: int) -> None:
+    told = outcomes[str(seed)]
+    print(f"seed {seed}: {told}")
+    assert told["same"]
+    assert told["killed"] == kills
+    assert told["left"] == ["half", "log"]
+    if kills == 10:
+        assert told["resumed"] >= 1 and told["saving"] >= 1
 
 
 class Stop(Exception):
@@ -244,7 +286,8 @@ def test_the_command_goes_on_says_so_and_cleans_up(words: str, tmp_path: Path, m
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Checkpoint, "put", interrupted)
-    assert command("half") != 0
+    assert command("half") == 130
+    assert capsys.readouterr().err.endswith(f"error: interrupted: 2 of 5 blocks are kept in {tmp_path}/half.partial; the same command goes on from there.\n")
     monkeypatch.setattr(Checkpoint, "put", put)
     assert (tmp_path / "half.partial" / "key.json").is_file()
     assert not (tmp_path / "half").exists()
@@ -273,3 +316,63 @@ def test_force_replaces_a_checkpoint_of_another_prune(folder: str, tmp_path: Pat
     old = (tmp_path / "p" / "key.json").read_bytes()
     prune(load(folder), [{"input_ids": IDS}], recipes()["sparsegpt"], density=0.4, checkpoint=Checkpoint(tmp_path / "p", replace=True))
     assert (tmp_path / "p" / "key.json").read_bytes() != old
+
+
+def test_two_runs_do_not_share_a_checkpoint(folder: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    batches = [{"input_ids": IDS}]
+    with Checkpoint(tmp_path / "half.partial").locked() as mine:
+        with pytest.raises(Refused, match="another run writes the same output now"):
+            prune(load(folder), batches, recipes()["magnitude"], density=0.5, checkpoint=tmp_path / "half.partial")
+        assert main(["prune", words, "--out", str(tmp_path / "half"), "--force"]) == Refused("", "").exit_code
+        assert "in use: another run writes the same output now" in capsys.readouterr().err
+        prune(load(folder), batches, recipes()["magnitude"], density=0.5, checkpoint=mine)
+        assert any(mine.folder.iterdir())
+    prune(load(folder), batches, recipes()["magnitude"], density=0.5, checkpoint=tmp_path / "half.partial")
+    mine.remove()
+    with Checkpoint(tmp_path / "unused").locked():
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_is_taken_on_the_folder_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner finishes and removes its folder between our opening and our locking it."""
+    fcntl, removed = pytest.importorskip("fcntl"), []
+    flock = fcntl.flock
+
+    def late(handle: int, operation: int) -> None:
+        if not removed:
+            (tmp_path / "p").rmdir()
+            removed.append(handle)
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with Checkpoint(tmp_path / "p").locked(), pytest.raises(Refused), Checkpoint(tmp_path / "p").locked():
+        pass
+
+
+def test_a_data_free_recipe_keeps_its_blocks(folder: str, tmp_path: Path) -> None:
+    def stop(done: int, total: int, label: str) -> None:
+        if done == 3:
+            raise Stop
+
+    told: list[tuple[int, int]] = []
+    with pytest.raises(Stop):
+        prune(load(folder), [], recipes()["magnitude"], density=0.5, checkpoint=tmp_path / "p", progress=stop)
+    models = [load(folder), load(folder)]
+    checkpoint = Checkpoint(tmp_path / "p", on_resume=lambda done, total: told.append((done, total)))
+    records = [prune(m, [], recipes()["magnitude"], density=0.5, checkpoint=c) for m, c in zip(models, (checkpoint, None), strict=True)]
+    assert told == [(3, 5)]
+    assert records[0] == records[1]
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_an_extra_file_appears_with_the_folder_or_neither_does(folder: str, tmp_path: Path) -> None:
+    def full(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(Refused, match="disk is full"):
+        save_dense(load(folder), None, tmp_path / "out", extra={"masks": full})
+    assert not list(tmp_path.iterdir())
+    save_dense(load(folder), None, tmp_path / "out", extra={"masks": lambda path: path.touch()})
+    assert (tmp_path / "out" / "masks").exists() and (tmp_path / "out" / "model.safetensors").exists()

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from rarefy.core.errors import Refused
 from rarefy.core.records import Phase
+from rarefy.weights.allocations.global_scores import Global
 from rarefy.weights.criteria.magnitude import Magnitude
 from rarefy.weights.penalties.l1 import L1, ProximalL1
 from rarefy.weights.rewiring.rigl import RigL
@@ -29,6 +30,7 @@ OPTIMIZERS = {
 PHASES = {
     "rigl": Phase(density=Constant(0.2), criterion=Magnitude(), rewiring=RigL(), fraction=Cosine(0.5, 20), every=3),
     "set": Phase(density=Constant(0.2), criterion=Magnitude(), rewiring=SET(), fraction=Constant(0.5), every=3),
+    "scored": Phase(density=Cubic(0.1, begin=2, every=3, updates=4), criterion=Magnitude(), allocation=Global(), enforce=False),
     "gradual": Phase(density=Cubic(0.1, begin=2, every=3, updates=4), criterion=Magnitude(), enforce=False),
 }
 

@@ -33,3 +33,24 @@ def test_the_python_of_the_tutorial_runs() -> None:
     for block in blocks:
         exec(block, scope)
     assert scope["record"]
+
+
+def test_the_python_of_the_training_page_runs() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    scope: dict[str, object] = {}
+    exec(block, scope)
+    assert scope["step"] == 99
+
+
+def test_the_training_page_names_every_kind_of_penalty_and_parts_that_exist() -> None:
+    from rarefy.core.discover import methods
+    from rarefy.core.roles import Penalty
+    from rarefy.weights import penalties
+
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    rows = re.findall(r"(?m)^\| (\w+) \| .* \| `(\w+)`.*\|$", page)
+    parts = {kind.__name__: kind for kind in methods(Penalty).values()}
+    kinds = {name.removesuffix("Penalty").lower(): kind for name, kind in vars(penalties).items() if name.endswith("Penalty") and kind is not Penalty}
+    assert {kind for kind, _ in rows} == set(kinds)
+    assert all(issubclass(parts[part], kinds[kind]) for kind, part in rows)

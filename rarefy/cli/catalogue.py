@@ -8,29 +8,29 @@ from typing import Annotated, Any
 import typer
 
 from rarefy import catalogue as papers
+from rarefy.cli import methods_page
 from rarefy.cli.arguments import Json
 from rarefy.cli.main import app
 from rarefy.cli.output import line, megabytes, show, table
-from rarefy.core import roles
 from rarefy.core.discover import methods as discovered
 from rarefy.core.discover import recipes, train_recipes
 from rarefy.hub.cache import cache_dir, clear_cache, list_cache
-
-ROLES = (roles.Criterion, roles.Allocation, roles.Pattern, roles.Solver, roles.Statistic, roles.Schedule, roles.Rewiring, roles.Task)
 
 
 @app.command(epilog="Examples:  rarefy catalogue   ·   rarefy catalogue --status working   ·   rarefy catalogue --check")
 def catalogue(
     status: Annotated[str | None, typer.Option(help="Only rows that are working, partial or missing.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Fail where the committed catalogue is not fresh.")] = False,
-    write: Annotated[bool, typer.Option("--write", help="Write the committed catalogue anew.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Fail where the committed catalogue or docs/methods.md is not fresh.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Write the committed catalogue and docs/methods.md anew.")] = False,
     as_json: Json = False,
 ) -> None:
     """The 172 papers, which of them work here, and by what evidence."""
     if check:
         papers.check()
+        methods_page.check()
     if write:
         papers.write()
+        methods_page.write()
     rows = [r for r in papers.generate() if status in (None, r["status"])]
     show(rows, as_json, _draw)
 
@@ -43,7 +43,7 @@ def _draw(rows: list[dict[str, Any]]) -> None:
 @app.command(epilog="Examples:  rarefy methods   ·   rarefy --plugin mine.py methods --json")
 def methods(as_json: Json = False) -> None:
     """Every part and recipe by name: what the other verbs accept."""
-    rows = [{"role": role.__name__.lower(), "name": name, "what": (kind.__doc__ or "").split("\n")[0]} for role in ROLES for name, kind in discovered(role).items()]
+    rows = [{"role": role.__name__.lower(), "name": name, "what": (kind.__doc__ or "").split("\n")[0]} for role in methods_page.ROLES for name, kind in discovered(role).items()]
     rows += [{"role": "recipe", "name": name, "what": f"{type(r.solver).__name__}, {type(r.allocation).__name__}, {type(r.pattern).__name__}"} for name, r in recipes().items()]
     rows += [{"role": "training recipe", "name": name, "what": r.paper.title if r.paper else ""} for name, r in train_recipes().items()]
     show(rows, as_json, lambda found: table(found, ["role", "name", "what"]))

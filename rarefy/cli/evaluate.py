@@ -6,31 +6,52 @@ from typing import Annotated, Any
 
 import typer
 
-from rarefy.cli.arguments import Device, Json, Model, Text, Tokens
+from rarefy.cli import names
+from rarefy.cli.arguments import Device, Json, Model, Seed, Text, Tokens
 from rarefy.cli.loading import load
 from rarefy.cli.main import app
-from rarefy.cli.output import line, show
+from rarefy.cli.output import line, show, table
 from rarefy.cli.prune import need_tokenizer
+from rarefy.hub.load import Loaded
 from rarefy.hub.text import heldout_ids
+from rarefy.probes.harness import harness, need_harness
 from rarefy.probes.perplexity import perplexity
 
+EXAMPLES = "Examples:  rarefy eval demo   ·   rarefy eval half --tokens 4096 --json   ·   rarefy eval half --tasks hellaswag,arc_easy"
 
-@app.command("eval", epilog="Examples:  rarefy eval demo   ·   rarefy eval half --tokens 4096 --json")
+
+@app.command("eval", epilog=EXAMPLES)
 def evaluate(
     model: Model,
     text: Text = None,
     tokens: Tokens = 16384,
     window: Annotated[int, typer.Option(help="Tokens a window, BOS included.", min=2)] = 512,
     stride: Annotated[int | None, typer.Option(help="Tokens from window to window; default: no overlap.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Instead of perplexity: tasks of lm-evaluation-harness, separated by commas (extra 'eval').")] = None,
+    task_folder: Annotated[str | None, typer.Option(help="Where YAML tasks of your own lie.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Examples in a task's prompt; default: the task's own.", min=0)] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many documents of each task: a check, not a figure to quote.", min=1)] = None,
+    batch: Annotated[int, typer.Option(help="Sequences a forward, for tasks.", min=1)] = 1,
+    seed: Seed = 0,
     dtype: Annotated[str | None, typer.Option(help="Load in this dtype; default: as stored.")] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Perplexity on held-out text, with its protocol and its 95% interval."""
+    """Perplexity on held-out text, with its protocol and its 95% interval; or benchmark tasks."""
+    if tasks is not None:
+        need_harness()
     loaded = load(model, dtype=dtype, device=device)
     tokenizer = need_tokenizer(loaded)
+    if tasks is not None:
+        record = harness(loaded.model, tokenizer, names.listed(tasks), shots=shots, limit=limit, batch=batch, seed=seed, folder=task_folder)
+        show({"model": model, "dtype": _dtype(loaded), **record}, as_json, _draw_tasks)
+        return
     record = perplexity(loaded.model, heldout_ids(tokenizer, tokens, text).to(device), tokens=tokens, window=window, stride=stride, bos=tokenizer.bos_token_id)
     show({**record, "model": model}, as_json, _draw)
+
+
+def _dtype(loaded: Loaded) -> str:
+    return str(loaded.model.dtype).removeprefix("torch.")
 
 
 def _draw(r: dict[str, Any]) -> None:
@@ -39,3 +60,9 @@ def _draw(r: dict[str, Any]) -> None:
     line(f"{r['tokens']} tokens in {r['windows']} windows of {r['window']}, stride {r['stride']}, bos {r['bos']}, {r['dtype']}")
     if r["tokens"] < 16000:
         line("Fewer than 16,000 tokens: a check, not a figure to quote.")
+
+
+def _draw_tasks(r: dict[str, Any]) -> None:
+    table(r["tasks"], ["task", "shots", "samples", "metric", "filter", "value", "stderr"], f"{r['model']}: lm-evaluation-harness {r['harness']}, {r['dtype']}")
+    if r["limit"] is not None:
+        line(f"Only {r['limit']} documents of each task: a check, not a figure to quote.")

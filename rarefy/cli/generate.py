@@ -20,13 +20,14 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "Sparse neural networks are",
     tokens: Annotated[int, typer.Option(help="New tokens.", min=1)] = 64,
     runs: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 3,
+    engine: Annotated[str, typer.Option(help="native, transformers, or auto: native where the model allows it.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="Load in this dtype; default: as stored.")] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Greedy text with its speed and its memory."""
     loaded = load(model, dtype=dtype, device=device)
-    record = run(loaded.model, need_tokenizer(loaded), prompt, tokens=tokens, runs=runs)
+    record = run(loaded.model, need_tokenizer(loaded), prompt, tokens=tokens, runs=runs, engine=engine)
     if record["warning"]:
         err.print(f"warning: {record['warning']}")
     show({**record, "model": model}, as_json, lambda r: _draw(prompt, r))
@@ -36,5 +37,5 @@ def _draw(prompt: str, r: dict[str, Any]) -> None:
     line(prompt + r["text"])
     decode = "-" if r["decode_tokens_per_s"] is None else f"{r['decode_tokens_per_s']:.1f} ({r['decode_spread'][0]:.1f} to {r['decode_spread'][1]:.1f})"
     line(
-        f"\n{r['tokens']} tokens; prefill {r['prefill_tokens_per_s']:.1f} tokens/s, decode {decode} tokens/s; model {megabytes(r['model_bytes'])}, process {megabytes(r['rss_bytes'])}"
+        f"\n{r['tokens']} tokens by {r['engine']}; prefill {r['prefill_tokens_per_s']:.1f} tokens/s, decode {decode} tokens/s; model {megabytes(r['model_bytes'])}, process {megabytes(r['rss_bytes'])}"
     )

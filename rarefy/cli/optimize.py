@@ -27,7 +27,7 @@ from rarefy.weights.optimize import optimize as search
 def optimize(
     model: Model,
     out: Out,
-    max_loss: Annotated[str, typer.Option(help="Relative rise in held-out perplexity, e.g. 5%.")] = "5%",
+    max_loss: Annotated[str, typer.Option(help="Relative rise in held-out perplexity, e.g. 5%; the point estimate decides, its interval is printed.")] = "5%",
     recipes: Annotated[str, typer.Option(help="Candidates, separated by commas: each is searched over density.")] = "sparsegpt",
     allocations: Annotated[str, typer.Option(help="Allocations to search with each recipe; 'default' is the recipe's own.")] = "default,global",
     calibration: Calibration = None,

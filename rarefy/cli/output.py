@@ -39,10 +39,16 @@ def line(words: str) -> None:
 
 
 def text(value: Any) -> str:
+    """A cell: four digits of a float, an interval of floats, a shape of integers, a list of anything else.
+
+    >>> text([0.5, 1.25]), text([2, 3]), text(["a", "b"]), text(None)
+    ('0.5 to 1.25', '2 × 3', 'a, b', '')
+    """
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, (list, tuple)):
-        return " × ".join(text(v) for v in value)
+        kinds = {type(v) for v in value}
+        return (" to " if float in kinds else " × " if kinds == {int} else ", ").join(text(v) for v in value)
     return "" if value is None else str(value)
 
 

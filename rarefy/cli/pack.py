@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rarefy.cli.arguments import Force, Json, Model, Out
+from rarefy.cli.arguments import Device, Force, Json, Model, Out
 from rarefy.cli.loading import load
 from rarefy.cli.main import app
 from rarefy.cli.output import line, megabytes, show
@@ -22,12 +22,13 @@ def pack(
     model: Model,
     out: Out,
     layout: Annotated[str, typer.Option(help="How the sparse matrices are stored.")] = "bitmask",
+    device: Device = "cpu",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Store a pruned model without its zeros; `import rarefy` and from_pretrained load it again."""
     check_target(Path(out), force=force)
-    loaded = load(model)
+    loaded = load(model, device=device)
     record = save_packed(loaded.model, loaded.tokenizer, out, layout, force=force)
     show({**record, "model": model, "out": out}, as_json, _draw)
 

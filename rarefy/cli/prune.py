@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors.torch import save
 
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed
-from rarefy.cli.loading import load
+from rarefy.cli.loading import load_or_stream
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, err, line, show, table, text
-from rarefy.core.errors import BadInput
-from rarefy.core.files import write_atomic
+from rarefy.core.errors import BadInput, RarefyError
 from rarefy.hub.atomic import check_target
-from rarefy.hub.export import save_dense
+from rarefy.hub.export import clear_drafts, save_dense
+from rarefy.hub.tensor_file import write_tensors
 from rarefy.hub.text import calibration_batches
-from rarefy.weights.checkpoint import Checkpoint, pack
+from rarefy.weights.checkpoint import Checkpoint
 from rarefy.weights.prune import prune as prune_model
 
 MASKS = "masks.safetensors"  # packed bits, one 1-D tensor per site; shapes are in the record
@@ -40,6 +42,8 @@ def prune(
     include: Annotated[list[str] | None, typer.Option(help="Only modules that match this glob; may be repeated.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="No modules that match this glob; may be repeated.")] = None,
     mode: Annotated[str, typer.Option(help="cascade or parallel statistics.")] = "cascade",
+    errors: Annotated[bool, typer.Option(help="Measure errors on the calibration inputs; without, on the weights alone.")] = True,
+    stream: Annotated[bool | None, typer.Option(help="Leave the weights in their files and read a block at a time; default: where the folder is larger than memory.")] = None,
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = 8192,
     dtype: Annotated[str | None, typer.Option(help="Load in this dtype; default: as stored.")] = None,
@@ -52,38 +56,63 @@ def prune(
     chosen = names.recipe(recipe, criterion=criterion, allocation=allocation, pattern=pattern)
     check_density(density)
     check_target(Path(out), force=force)
-    began = time.monotonic()
-    loaded = load(model, dtype=dtype, device=device)
-    batches = to_device(calibration_batches(need_tokenizer(loaded), calibration_tokens, seed=seed, path=calibration), device)
-    loaded_at = time.monotonic()
     whole = Path(out).absolute()
     checkpoint = Checkpoint(whole.with_name(f"{whole.name}.partial"), replace=force, on_resume=_say_resumed)
-    masks: dict[str, torch.Tensor] = {}
-    with bars(as_json) as progress:
-        record = prune_model(
-            loaded.model,
-            batches,
-            chosen,
-            density=density,
-            include=include or (),
-            exclude=exclude or (),
-            mode=mode,
-            seed=seed,
-            progress=progress,
-            checkpoint=checkpoint,
-            on_pruned=lambda site, pruned: masks.update({site.name: pack(pruned.mask)}),
-        )
-    record = {
-        **record,
-        "calibration": {"text": calibration or "embedded", "tokens": sum(b["input_ids"].numel() for b in batches)},
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
-    timings = {"load_s": loaded_at - began, "prune_s": time.monotonic() - loaded_at}
-    save_dense(loaded.model, loaded.tokenizer, out, force=force, record=record, timings=timings)
-    write_atomic(whole / MASKS, save(masks))
-    checkpoint.remove()
+    with checkpoint.locked(), _interruptible(checkpoint):
+        clear_drafts(whole)
+        began = time.monotonic()
+        loaded, weights = load_or_stream(model, stream, dtype=dtype, device=device)
+        batches = to_device(calibration_batches(need_tokenizer(loaded), calibration_tokens, seed=seed, path=calibration), device)
+        loaded_at = time.monotonic()
+        with bars(as_json) as progress:
+            record = prune_model(
+                loaded.model,
+                batches,
+                chosen,
+                density=density,
+                include=include or (),
+                exclude=exclude or (),
+                mode=mode,
+                errors=errors,
+                seed=seed,
+                progress=progress,
+                checkpoint=checkpoint,
+                weights=weights,
+            )
+        record = {
+            **record,
+            "calibration": {"text": calibration or "embedded", "tokens": sum(b["input_ids"].numel() for b in batches)},
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
+        timings = {"load_s": loaded_at - began, "prune_s": time.monotonic() - loaded_at}
+        masks = {MASKS: lambda path: _write_masks(path, record["sites"], checkpoint)}
+        save_dense(loaded.model, loaded.tokenizer, out, force=force, record=record, timings=timings, write=weights.write if weights else None, extra=masks)
+        checkpoint.remove()
     show({**record, "out": out}, as_json, _draw)
+
+
+class Interrupted(RarefyError):
+    """Ctrl-C."""
+
+    exit_code = 130
+
+
+@contextmanager
+def _interruptible(checkpoint: Checkpoint) -> Iterator[None]:
+    """Ctrl-C says what was kept."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        done, groups = checkpoint.finished
+        kept = f"{done} of {groups} blocks are kept in {checkpoint.folder}" if done else "no block was finished, nothing was kept"
+        raise Interrupted("interrupted", kept, "the same command goes on from there" if done else "the same command begins again") from stop
+
+
+def _write_masks(path: Path, sites: list[dict[str, Any]], checkpoint: Checkpoint) -> None:
+    """The packed masks of all sites, one in memory at a time."""
+    kinds = {s["name"]: (torch.uint8, (-(-math.prod(s["shape"]) // 8),)) for s in sites}
+    write_tensors(path, kinds, lambda name: checkpoint.tensor(f"mask:{name}"))
 
 
 def _say_resumed(finished: int, groups: int) -> None:

@@ -12,7 +12,7 @@ from rarefy.cli.main import app
 from rarefy.cli.output import bars, line, show, table
 from rarefy.cli.prune import check_density
 from rarefy.core.discover import pick, train_recipes
-from rarefy.core.roles import Task
+from rarefy.core.roles import Allocation, Task
 from rarefy.weights.train import train as train_task
 
 
@@ -22,6 +22,7 @@ def train(
     recipe: Annotated[str, typer.Option(help="A training recipe; see `rarefy methods`.")] = "rigl",
     density: Annotated[float, typer.Option(help="Fraction of the weights that is kept at the end.")] = 0.1,
     steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 300,
+    allocation: Annotated[str | None, typer.Option(help="In place of the recipe's, e.g. erk or uniform; see `rarefy methods`.")] = None,
     seed: Seed = 0,
     checkpoints: Annotated[str | None, typer.Option(help="A folder: saves as it goes, resumes, and holds the result.")] = None,
     as_json: Json = False,
@@ -29,14 +30,22 @@ def train(
     """Train a small task sparse, from scratch."""
     chosen = pick(train_recipes(), recipe, "training recipe")
     check_density(density)
+    problem, split = names.part(Task, task), None if allocation is None else names.part(Allocation, allocation)
     with bars(as_json) as progress:
         record = train_task(
-            names.part(Task, task), chosen, density=density, steps=steps, seed=seed, checkpoint_dir=checkpoints, progress=lambda done, total: progress(done, total, f"train {task}")
+            problem,
+            chosen,
+            density=density,
+            steps=steps,
+            seed=seed,
+            allocation=split,
+            checkpoint_dir=checkpoints,
+            progress=lambda done, total: progress(done, total, f"train {task}"),
         )
     show(record, as_json, _draw)
 
 
 def _draw(record: dict[str, Any]) -> None:
-    table(record["sites"], ["key", "shape", "nnz"], f"{record['recipe']} on {record['task']}")
+    table(record["sites"], ["key", "shape", "nnz"], f"{record['recipe']} ({record['allocation']}) on {record['task']}")
     metrics = ", ".join(f"{k} {v:.4g}" for k, v in record["metric"].items())
     line(f"density {record['density']:.4g} of {record['density_requested']:.4g} asked; {metrics}")

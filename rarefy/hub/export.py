@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,17 @@ RECORD = "prune.json"
 TIMINGS = "timings.json"
 
 
-def save_dense(model: Any, tokenizer: Any, out: str | Path, *, force: bool = False, record: Mapping[str, Any] | None = None, timings: Mapping[str, Any] | None = None) -> Path:
+def save_dense(
+    model: Any,
+    tokenizer: Any,
+    out: str | Path,
+    *,
+    force: bool = False,
+    record: Mapping[str, Any] | None = None,
+    timings: Mapping[str, Any] | None = None,
+    write: Callable[[Path], None] | None = None,
+    extra: Mapping[str, Callable[[Path], None]] | None = None,
+) -> Path:
     """Save model, tokenizer, the record of what was done and a model card.
 
     Args:
@@ -21,6 +33,8 @@ def save_dense(model: Any, tokenizer: Any, out: str | Path, *, force: bool = Fal
         tokenizer: saved beside it, or None.
         out: the folder; must not exist with content unless `force`.
         record: deterministic JSON, written as prune.json; timings apart from it, since they differ run by run.
+        write: writes config and weights into a folder, where the model does not hold its weights.
+        extra: {file name: what writes it}; they appear with the folder, so that none can be missing.
 
     Returns:
         The folder.
@@ -31,7 +45,7 @@ def save_dense(model: Any, tokenizer: Any, out: str | Path, *, force: bool = Fal
     target = Path(out)
     with atomic_folder(target, force=force) as draft:
         _plain_config(model)
-        model.save_pretrained(draft)
+        (write or model.save_pretrained)(draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         if record is not None:
@@ -39,7 +53,15 @@ def save_dense(model: Any, tokenizer: Any, out: str | Path, *, force: bool = Fal
             (draft / "README.md").write_text(_card(record))
         if timings is not None:
             (draft / TIMINGS).write_text(json.dumps(dict(timings), indent=1) + "\n")
+        for name, put in (extra or {}).items():
+            put(draft / name)
     return target
+
+
+def clear_drafts(out: Path) -> None:
+    """Remove what runs that were killed while they wrote `out` have left beside it; call it where no other run can be writing."""
+    for draft in out.parent.glob(f".{escape(out.name)}.tmp-*"):
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _plain_config(model: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from rarefy.core.errors import BadFile, BadInput, MissingExtra, RarefyError
+from rarefy.core.errors import BadFile, BadInput, MissingExtra, RarefyError, Refused
 from rarefy.hub.cache import cached_folder
 from rarefy.hub.demo import MODEL, sha256
 
@@ -78,7 +78,7 @@ def load(model_spec: str | Path, *, dtype: str | torch.dtype | None = None, devi
     where, revision = resolve(spec)
     model = _model(where, revision, TASKS[task], kind, spec)
     model.config._name_or_path = spec
-    return Loaded(model.to(target).eval(), _tokenizer(where, revision), _folder(where, revision), spec)
+    return Loaded(model.to(target).eval(), tokenizer_of(where, revision), _folder(where, revision), spec)
 
 
 def torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -101,6 +101,8 @@ def torch_device(device: str | torch.device) -> torch.device:
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"device is {str(device)!r}", "this machine has no such device", "pass for example --device cpu") from error
+    if found.type == "meta":
+        raise BadInput("device is 'meta'", "it holds no weights", "pass for example --device cpu; rarefy prune --stream leaves the weights in their files")
     return found
 
 
@@ -181,21 +183,32 @@ def _model(where: str, revision: str | None, task: LoadTask, dtype: torch.dtype 
     auto = getattr(transformers, task.auto)
     try:
         model, info = auto.from_pretrained(where, revision=revision or "main", dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True)
-    except OSError as error:
-        raise _unreadable(where, spec, error) from error
     except RarefyError:
         raise
+    except (MemoryError, OSError, RuntimeError, SafetensorError) as error:
+        if not _no_memory(error):
+            raise (_unreadable if isinstance(error, OSError) else _broken)(where, spec, error) from error
+        raise Refused(spec, "its weights do not fit in memory", "prune it with --stream, or pass a smaller --dtype") from error
     except ValueError as error:
         raise BadInput(spec, f"cannot be loaded with {task.auto} ({_first_line(error)})", "check the task, or whether the model needs code of its own") from error
     except _BROKEN as error:
-        raise BadFile(spec, f"its weights are truncated or do not fit its config ({_first_line(error)})", "download or save it again") from error
+        raise _broken(where, spec, error) from error
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(task.fresh or ("\0",)))
     if missing:
         raise BadFile(spec, f"holds no weights for {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""), "they would be random numbers; save it again")
     return model
 
 
-def _unreadable(where: str, spec: str, error: OSError) -> BadFile | BadInput:
+def _no_memory(error: BaseException) -> bool:
+    # safetensors and torch name it only in the text, transformers wraps the error once more.
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in ("cannot allocate memory", "can't allocate memory", "bad_alloc"))
+
+
+def _broken(where: str, spec: str, error: BaseException) -> BadFile:
+    return BadFile(spec, f"its weights are truncated or do not fit its config ({_first_line(error)})", "download or save it again")
+
+
+def _unreadable(where: str, spec: str, error: BaseException) -> BadFile | BadInput:
     if Path(where).is_dir():
         return BadFile(spec, f"is not a complete model folder ({_first_line(error)})", "it needs config.json and weights")
     return BadInput(spec, "no such folder here, and no such model on the Hugging Face hub or in its cache", "check the spelling, your connection, and your access")
@@ -206,7 +219,8 @@ def _first_line(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__)[:160].rstrip(".:")
 
 
-def _tokenizer(where: str, revision: str | None) -> Any:
+def tokenizer_of(where: str, revision: str | None) -> Any:
+    """The tokenizer of a folder or hub name, or None where there is none."""
     from transformers import AutoTokenizer
 
     try:

@@ -24,7 +24,8 @@ class SparsifierCallback(TrainerCallback):
     """``Trainer(model, ..., callbacks=[SparsifierCallback(Sparsifier(model, phases, ...))])``
 
     Attaches to the Trainer's optimizer, saves the sparsifier into every checkpoint folder, restores it from there
-    when training resumes, and reports epochs to triggers. Loss penalties need `sparsifier.loss` in `compute_loss`.
+    when training resumes, and reports epochs to triggers. Loss, dual and activation penalties need
+    `sparsifier.loss` in `compute_loss`; a step without it is refused.
 
     Raises:
         BadFile: training resumes from a checkpoint that holds no sparsifier.

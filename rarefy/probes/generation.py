@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import BadInput
+from rarefy.hub.engines import use_engine
 from rarefy.probes.memory import peak_bytes
 from rarefy.probes.perplexity import model_name
 from rarefy.probes.timers import busy
 
 
-def generate(model: Any, tokenizer: Any, prompt: str, *, tokens: int = 64, runs: int = 3) -> dict[str, Any]:
+def generate(model: Any, tokenizer: Any, prompt: str, *, tokens: int = 64, runs: int = 3, engine: str = "transformers") -> dict[str, Any]:
     """Generate greedily and time it.
 
     Args:
         model, tokenizer: a causal LM of transformers.
-        prompt: not empty. tokens: new tokens, fewer where the model ends its text. runs: timed rounds, the median counts.
+        prompt: not empty. tokens: new tokens, fewer where the model ends its text. engine: see `use_engine`. runs: timed rounds, the median counts.
 
     Returns:
         {model, engine, text, tokens, prefill_tokens_per_s, decode_tokens_per_s, decode_spread: [slowest, fastest],
@@ -35,6 +36,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, tokens: int = 64, runs:
     room = getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + tokens
     if not ids.numel() or tokens < 1 or ids.shape[1] + tokens > room:
         raise BadInput(f"a prompt of {ids.numel()} tokens and {tokens} new ones", f"the prompt is not empty and all fit the model's {room} positions")
+    running = use_engine(model, engine)
     warning = busy()
     timed = [_run(model, ids, tokens) for _ in range(runs)]
     prefill = statistics.median(t[0] for t in timed)
@@ -42,7 +44,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, tokens: int = 64, runs:
     new = timed[0][2][0, ids.shape[1] :]
     return {
         "model": model_name(model),
-        "engine": "transformers",
+        "engine": running,
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "tokens": len(new),
         "prefill_tokens_per_s": ids.shape[1] / prefill,

@@ -86,6 +86,21 @@ def capture(model: nn.Module, chain: Sequence[tuple[str, nn.Module]], batches: S
     return captured
 
 
+def called_before(model: nn.Module, chain: Sequence[tuple[str, nn.Module]], paths: Sequence[str], batch: Any) -> set[str]:
+    """Which of the modules at `paths` a forward calls before it reaches the first block; all where there is no chain."""
+    if not chain:
+        return set(paths)
+    order: list[str] = []
+    hooks = [model.get_submodule(path).register_forward_pre_hook(lambda *_, path=path: order.append(path)) for path in (*paths, chain[0][0])]
+    try:
+        with torch.no_grad(), uncached(model):
+            call(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return set(order[: order.index(chain[0][0])])
+
+
 def run_block(block: nn.Module, calls: Calls, index: int) -> Tensor:
     """The hidden states that block `index` makes of its input."""
     args, kwargs = calls.rest[index]

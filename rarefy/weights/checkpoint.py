@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,11 @@ from torch import Tensor
 from rarefy.core.errors import BadFile, Refused
 from rarefy.core.files import DRAFT, write_atomic
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # no such locks on this system
+    fcntl = None  # type: ignore[assignment]
+
 KEY = "key.json"
 
 
@@ -30,12 +37,12 @@ class Checkpoint:
     """A folder of finished groups under one key.
 
     Args:
-        folder: made when the first group is finished.
+        folder: made when it is locked, or when the first group is finished.
         replace: delete a checkpoint under another key instead of refusing it.
         on_resume: called with (finished, groups) once, where there is something to go on from.
 
     Raises:
-        Refused: the folder belongs to another job, or is no checkpoint, or cannot be written.
+        Refused: the folder belongs to another job or to a run that is alive, or is no checkpoint, or cannot be written.
         BadFile: a file in it is truncated or was changed.
 
     >>> import tempfile
@@ -49,6 +56,43 @@ class Checkpoint:
     def __init__(self, folder: str | Path, *, replace: bool = False, on_resume: Callable[[int, int], None] | None = None) -> None:
         self.folder, self.replace, self.on_resume = Path(folder), replace, on_resume
         self.key = ""
+        self.finished: tuple[int, int] = (0, 0)  # groups, of how many
+        self._owner: dict[str, str] = {}  # tensor -> label of its group
+        self._locks = 0
+
+    @contextmanager
+    def locked(self) -> Iterator[Checkpoint]:
+        """Nobody else may use the folder while this is entered; the system lifts the lock of a run that was killed."""
+        if fcntl is None or self._locks:
+            yield self
+            return
+        handle = self._lock()
+        self._locks += 1
+        try:
+            yield self
+        finally:
+            self._locks -= 1
+            if self.folder.is_dir() and not any(self.folder.iterdir()):
+                self.folder.rmdir()
+            os.close(handle)
+
+    def _lock(self) -> int:
+        while True:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                handle = os.open(self.folder, os.O_RDONLY)
+            except OSError as error:
+                raise self._unwritable(error) from error
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(handle)
+                raise Refused(f"checkpoint {self.folder} is in use", "another run writes the same output now", "wait until it has finished, or name another folder") from error
+            except OSError:
+                return handle  # a file system without locks
+            if self.folder.is_dir() and os.path.samestat(os.fstat(handle), self.folder.stat()):
+                return handle
+            os.close(handle)  # its owner finished and removed it between our two calls
 
     def open(self, key: str) -> Checkpoint:
         """Take the folder for the job that `key` names."""
@@ -64,12 +108,13 @@ class Checkpoint:
                     "model, recipe, options, calibration, seed, threads and torch version must be as they were",
                     "delete it or pass --force",
                 )
-            self.remove()
+            self._clear()
         return self
 
     def expect(self, labels: Iterable[str]) -> None:
         """Tell how far an earlier run came through the groups of these labels."""
         known = [self.has(label) for label in labels]
+        self.finished = (sum(known), len(known))
         if any(known) and self.on_resume:
             self.on_resume(sum(known), len(known))
 
@@ -88,7 +133,21 @@ class Checkpoint:
             raise self._damaged(path) from error
         if header.get("digest") != digest(header.get("records", ""), tensors):
             raise self._damaged(path)
+        self._owner.update(dict.fromkeys(tensors, label))
         return tensors, json.loads(header["records"])
+
+    def holds(self, name: str) -> bool:
+        """Whether a group that this run has put or got has a tensor of that name."""
+        return name in self._owner
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor of a group that this run has put or got."""
+        path = self._path(self._owner[name])
+        try:
+            with safe_open(path, "pt") as file:
+                return file.get_tensor(name).clone()
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(path) from error
 
     def put(self, label: str, tensors: Mapping[str, Tensor], records: list[dict[str, Any]]) -> None:
         """Keep a finished group; it is on the disk, whole, when this returns."""
@@ -99,12 +158,19 @@ class Checkpoint:
                 write_atomic(self.folder / KEY, json.dumps({"key": self.key}).encode())
             write_atomic(self._path(label), save(dict(tensors), {"records": text, "digest": digest(text, dict(tensors))}))
         except OSError as error:
-            raise Refused(f"checkpoint {self.folder} cannot be written", str(error.strerror), "free some space or name another folder; finished blocks are kept") from error
+            raise self._unwritable(error) from error
+        self._owner.update(dict.fromkeys(tensors, label))
+        self.finished = (self.finished[0] + 1, self.finished[1])
 
     def remove(self) -> None:
         """Delete the checkpoint; anything that is none stays."""
         if (self.folder / KEY).is_file():
-            shutil.rmtree(self.folder)
+            self._clear()
+            self.folder.rmdir()
+
+    def _clear(self) -> None:
+        for path in sorted(self.folder.iterdir(), key=lambda p: p.name == KEY):  # the key last: what is left is known as a checkpoint
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _path(self, label: str) -> Path:
         return self.folder / f"{hashlib.sha256(label.encode()).hexdigest()[:16]}.safetensors"
@@ -115,6 +181,9 @@ class Checkpoint:
             return str(json.loads(path.read_text())["key"])
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(path) from error
+
+    def _unwritable(self, error: OSError) -> Refused:
+        return Refused(f"checkpoint {self.folder} cannot be written", str(error.strerror), "free some space or name another folder; finished blocks are kept")
 
     def _damaged(self, path: Path) -> BadFile:
         return BadFile(f"checkpoint file {path}", "it is truncated or was changed", f"delete {path.parent} and begin again")

@@ -145,6 +145,6 @@ class _Tries:
         if self.progress:
             self.progress(0, 1, f"try {recipe.name} at {density:.3g}")
         with trial(self.model):
-            prune(self.model, [], recipe, density=density, statistics=self.stats, seed=self.seed, progress=self.progress)
+            prune(self.model, [], recipe, density=density, statistics=self.stats, errors=False, seed=self.seed, progress=self.progress)
             loss = relative_loss(self.dense_nll, self.evaluate(self.model))
         return {"recipe": recipe.name, "allocation": describe(recipe.allocation), "density": density, "loss": loss.value, "interval": list(loss.interval)}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -18,8 +19,10 @@ from rarefy.core.records import Delta, Entries, Event, Phase, Progress, Site, St
 from rarefy.core.roles import Trigger, asks
 from rarefy.weights.allocations.uniform import Uniform
 from rarefy.weights.patterns.unstructured import PerMatrix
-from rarefy.weights.penalties import LossPenalty, ProximalPenalty
+from rarefy.weights.penalties import ActivationPenalty, DualPenalty, GradientPenalty, LossPenalty, ProximalPenalty
+from rarefy.weights.sites import find_sites
 from rarefy.weights.support import Support, apply, between, moments
+from rarefy.weights.taps import Taps
 from rarefy.weights.views.masked import Masked
 
 _KEEP = StatePolicy(drop_weight="keep", grow_weight="keep")
@@ -36,11 +39,13 @@ class Sparsifier:
         total: optimizer steps of the whole training.
         seed: of the random choices.
 
+    A phase's allocation may ask for the sites' `weights`, the criterion's `scores` or `generator`; none is Uniform.
     A phase with a criterion and `enforce=False` keeps the values under the mask (they may return); with
     `enforce=True` they are zero. A mask is recomputed at the steps where the density asks for another count.
 
     Raises:
         BadInput: no phases, or a site that is no parameter.
+        Refused: at a step, where a penalty acts in the loss and `loss` was not called.
     """
 
     def __init__(self, model: nn.Module, phases: Phase | Sequence[Phase], *, sites: Iterable[str | Site] | None = None, total: int = 1, seed: int = 0) -> None:
@@ -53,13 +58,17 @@ class Sparsifier:
             if key not in known:
                 raise BadInput(f"site {key!r}", "a site is a parameter of the model", "take names from model.named_parameters()")
         self.weights = {key: known[key] for key in keys}
-        self.support = Support(self.weights)
+        self.support = Support(self.weights, _axes(model))
         self.progress = Progress(total=total)
         self.ledger: list[Event] = []
         self.generator = torch.Generator().manual_seed(seed)
         self.optimizer: Optimizer | None = None
         self._trigger: dict[str, Any] = {}
+        self._budget: int | None = None  # what the masks were last chosen for
+        self._duals: dict[int, dict[str, Tensor]] = {}  # by the penalty's place in the phase
         self._held: dict[str, Tensor] = {}
+        self._asked = False  # whether `loss` was called since the last step
+        self.taps = Taps(model)
         self._arm()
         self._enter()
 
@@ -80,16 +89,43 @@ class Sparsifier:
         optimizer.register_step_post_hook(self._after)
         return self
 
-    def loss(self, task: Tensor) -> Tensor:
-        """The task's loss plus what penalties and views add; the same tensor where nothing is added."""
+    def loss(self, task: Tensor, *, token_mask: Tensor | None = None, **seen: Any) -> Tensor:
+        """The task's loss plus what penalties and views add; the same tensor where nothing is added.
+
+        Args:
+            token_mask: bool, the leading axes of the tapped activations; False = padding.
+            seen: observations that a dual penalty asks for by name; it ascends at every call.
+
+        Raises:
+            BadInput: a dual penalty asks for what nobody gives, or no tapped module ran since the last loss.
+        """
+        self._asked = True
         total = task
+        for index, penalty in enumerate(self.phase.penalties):
+            if isinstance(penalty, DualPenalty):
+                total = total + self._dual(index, penalty, seen)
         for penalty in self.phase.penalties:
             if isinstance(penalty, LossPenalty):
                 total = total + penalty.loss(self.weights, self.progress)
+        for activation, inputs in self.taps.take():
+            total = total + activation.loss(inputs, self.progress, token_mask)
         for weight, view in viewed(self.model).values():
             extra = view.extra_loss(weight)
             total = total if isinstance(extra, float) and extra == 0.0 else total + extra
         return total
+
+    def _dual(self, index: int, penalty: DualPenalty, seen: Mapping[str, Any]) -> Tensor:
+        have: dict[str, Any] = {"weights": self.weights, **seen}
+        views = {key: getattr(view, "expected_nnz", None) for key, (_, view) in viewed(self.model).items()}
+        expected = {key: count() for key, count in views.items() if count is not None}
+        have |= {"expected_nnz": expected} if expected else {}
+        absent = sorted({*asks(penalty.ascend), *asks(penalty.loss)} - set(have))
+        if absent:
+            raise BadInput(
+                f"penalty {penalty.name!r}", f"it asks for {', '.join(absent)}, which nobody gives", "pass it to sp.loss(task, name=value), or attach views that can tell"
+            )
+        self._duals[index] = penalty.ascend(self._duals.get(index) or penalty.start(), self.progress, **{name: have[name] for name in asks(penalty.ascend)})
+        return penalty.loss(self._duals[index], self.progress, **{name: have[name] for name in asks(penalty.loss)})
 
     def boundary(self, kind: str, **data: Any) -> None:
         """Tell triggers that something ended: an epoch, a task, a data set, with plain figures."""
@@ -109,6 +145,8 @@ class Sparsifier:
             "masks": self.support.state_dict(),
             "generator": self.generator.get_state(),
             "progress": asdict(self.progress),
+            "budget": self._budget,
+            "duals": {str(index): {name: value.tolist() for name, value in state.items()} for index, state in self._duals.items()},
             "trigger": copy.deepcopy(self._trigger),
             "ledger": [asdict(event) for event in self.ledger],
         }
@@ -118,9 +156,14 @@ class Sparsifier:
         self.support.load_state_dict(state["masks"])
         self.generator.set_state(state["generator"])
         self.progress = Progress(**state["progress"])
+        self._budget = state["budget"]
+        self._duals = {int(index): self._dual_state(int(index), values) for index, values in state["duals"].items()}
         self._trigger = copy.deepcopy(state["trigger"])
         self.ledger = [Event(**event) for event in state["ledger"]]
         self._arm()
+
+    def _dual_state(self, index: int, values: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {name: torch.tensor(values[name], dtype=like.dtype) for name, like in self.phase.penalties[index].start().items()}
 
     # -- phases
     def _arm(self) -> None:
@@ -137,18 +180,20 @@ class Sparsifier:
         if self.phase.trainable is not None:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(self.phase.trainable(name))
+        self.taps.arm([p for p in self.phase.penalties if isinstance(p, ActivationPenalty)])
         self._knobs()
 
     def _enter(self) -> None:
         for action in self.phase.enter:
             action(self)
+        self._budget = None
         self._remask()
         self._zero_outside()
 
     def _advance(self) -> None:
         if self.progress.phase + 1 < len(self.phases):
             self.progress = replace(self.progress, phase=self.progress.phase + 1, phase_step=0)
-            self._trigger = {}
+            self._trigger, self._duals = {}, {}
             self._arm()
             self._enter()
             self.boundary("phase", name=self.phase.name)
@@ -160,21 +205,51 @@ class Sparsifier:
 
     # -- masks
     def _wanted(self) -> dict[str, int]:
+        """The allocation's counts where the density asks for another total, else the counts as they are."""
         if self.phase.density is None:
             return self.support.counts()
         units = self.support.units()
         budget = keep_count(sum(u.numel for u in units), self.phase.density(self.progress))
-        return (self.phase.allocation or Uniform()).counts(units, budget)
+        if budget == self._budget:
+            return self.support.counts()
+        self._budget = budget
+        allocation = self.phase.allocation or Uniform()
+        have: dict[str, Callable[[], Any]] = {"weights": self._read, "scores": self._scores}
+        self._refuse_unknown(f"allocation {allocation!r}", allocation.counts, have)
+        stats = {name: have[name]() for name in asks(allocation.counts)}
+        if "generator" in inspect.signature(allocation.counts).parameters:
+            stats["generator"] = self.generator
+        counts: dict[str, int] = allocation.counts(units, budget, **stats)
+        return counts
+
+    @staticmethod
+    def _refuse_unknown(what: str, method: Callable[..., Any], have: Mapping[str, Any]) -> None:
+        absent = [name for name in asks(method) if name not in have]
+        if absent:
+            raise BadInput(
+                what, f"it asks for {', '.join(absent)}, which training does not collect", "use one that rates the weights themselves, or prune with calibration batches"
+            )
+
+    def _read(self) -> dict[str, Tensor]:
+        return {key: self.support.read(key, weight.detach()) for key, weight in self.weights.items()}
+
+    def _scores(self) -> dict[str, Tensor]:
+        if self.phase.criterion is None:
+            raise BadInput(f"phase {self.phase.name!r}", "an allocation that asks for scores needs the phase's criterion", "state a criterion or another allocation")
+        self._refuse_unknown(f"criterion {self.phase.criterion!r}", self.phase.criterion.scores, {})
+        return {key: self.phase.criterion.scores(weight, generator=self.generator) for key, weight in self._read().items()}
 
     def _remask(self) -> None:
         """Choose anew from the criterion, at the steps where the density asks for other counts."""
-        phase, counts = self.phase, self._wanted()
-        if phase.criterion is None or counts == self.support.counts():
+        phase = self.phase
+        if phase.criterion is None:
+            return
+        counts = self._wanted()
+        if counts == self.support.counts():
             return
         pattern = phase.pattern or PerMatrix()
-        for key, weight in self.weights.items():
-            scores = phase.criterion.scores(weight.detach(), generator=self.generator)
-            mask = pattern.mask(scores, pattern.nearest(tuple(weight.shape), counts[key]))
+        for key, scores in self._scores().items():
+            mask = self.support.back(key, pattern.mask(scores, pattern.nearest(tuple(scores.shape), counts[key])))
             self._change(key, between(self.support.masks[key], mask), StatePolicy() if phase.enforce else _KEEP)
         self._note("mask")
 
@@ -217,10 +292,14 @@ class Sparsifier:
             raise Refused(
                 "a fused optimizer under GradScaler", "its gradients are still scaled when the sparsifier sees them", "call scaler.unscale_(optimizer) before scaler.step"
             )
+        if not self._asked and any(isinstance(p, (LossPenalty, DualPenalty, ActivationPenalty)) for p in self.phase.penalties):
+            raise Refused("a step without sp.loss", "the phase has penalties that act in the loss, and would train without them", "call sp.loss(task).backward()")
+        self._asked = False
         if self.phase.rewiring is None:
             self._remask()
         if self._rewire():
             optimizer.zero_grad(set_to_none=True)
+        self._edit_gradients()
         self._held = {key: w.detach().clone() for key, w in self.weights.items()}
         for key, weight in self.weights.items():
             if weight.grad is not None:
@@ -242,6 +321,13 @@ class Sparsifier:
         if isinstance(self.phase.until, int) and self.progress.phase_step >= self.phase.until:
             self._advance()
 
+    def _edit_gradients(self) -> None:
+        for penalty in self.phase.penalties:
+            if isinstance(penalty, GradientPenalty):
+                gradients = {key: w.grad for key, w in self.weights.items() if w.grad is not None}
+                for key, value in penalty.edit(self.weights, gradients, self.support.masks, self.progress).items():
+                    gradients[key].copy_(value)
+
     def _proximal(self, optimizer: Optimizer) -> None:
         rates = {id(w): float(group["lr"]) for group in optimizer.param_groups for w in group["params"]}
         for penalty in self.phase.penalties:
@@ -249,6 +335,14 @@ class Sparsifier:
                 values = penalty.prox(self.weights, {k: rates[id(w)] for k, w in self.weights.items()}, self.progress)
                 for key, value in values.items():
                     self.weights[key].copy_(value)
+
+
+def _axes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """{key: axes that bring the tensor to [O, ..., I]} of the layers whose order of axes is known."""
+    try:
+        return {site.key: site.axes for site in find_sites(model, include=("*",)) if site.expert is None}
+    except BadInput:  # a model of bare parameters
+        return {}
 
 
 def default_sites(model: nn.Module) -> tuple[str, ...]:

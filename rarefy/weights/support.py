@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,29 @@ from rarefy.core.records import Delta, StatePolicy, Units
 
 
 class Support:
-    """One bool mask per key, the shape of its tensor. Everything is kept until told otherwise."""
+    """One bool mask per key, the shape of its tensor. Everything is kept until told otherwise.
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    `axes` of a key brings its tensor to [O, ..., I], as a Site's do; without an entry the tensor is taken as it is.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], axes: Mapping[str, Sequence[int]] | None = None) -> None:
+        self._axes = {key: tuple((axes or {}).get(key, range(w.dim()))) for key, w in weights.items()}
         self.masks = {key: torch.ones(w.shape, dtype=torch.bool, device=w.device) for key, w in weights.items()}
 
     def counts(self) -> dict[str, int]:
         return {key: int(mask.sum()) for key, mask in self.masks.items()}
 
     def units(self) -> tuple[Units, ...]:
-        return tuple(Units(key, tuple(mask.shape), ()) for key, mask in self.masks.items())
+        return tuple(Units(key, tuple(self.read(key, mask).shape), ()) for key, mask in self.masks.items())
+
+    def read(self, key: str, tensor: Tensor) -> Tensor:
+        """A tensor of the key's shape as a view [O, ..., I]."""
+        return tensor.permute(self._axes[key])
+
+    def back(self, key: str, tensor: Tensor) -> Tensor:
+        """A tensor [O, ..., I] in the order of the key's own axes: the inverse of `read`."""
+        axes = self._axes[key]
+        return tensor.permute(tuple(axes.index(a) for a in range(len(axes))))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {key: mask.clone() for key, mask in self.masks.items()}

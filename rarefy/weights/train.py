@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rarefy.core.attach import exported
 from rarefy.core.errors import BadFile, BadInput, Refused
 from rarefy.core.files import write_atomic
 from rarefy.core.records import TrainRecipe
-from rarefy.core.roles import Task
+from rarefy.core.roles import Allocation, Task
 from rarefy.weights.sparsifier import Sparsifier
 
 Factory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -37,63 +38,80 @@ def train(
     seed: int = 0,
     optimizer: Factory = sgd,
     options: dict[str, Any] | None = None,
+    allocation: Allocation | None = None,
     checkpoint_dir: str | Path | None = None,
     save_every: int = 100,
     resume: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Train sparsely from scratch.
+    """Train sparsely from scratch; the same seed gives the same bytes, and the caller's random state is left as it was.
 
     Args:
         density: fraction of the sites' weights kept at the end, in (0, 1].
         steps: optimizer steps.
         optimizer: parameters -> optimizer (default SGD 0.1, momentum 0.9, weight decay 1e-4).
         options: for `task.model`.
+        allocation: in place of the recipe's, in every phase; a phase that states none of its own has the recipe's.
         checkpoint_dir: where a checkpoint is kept every `save_every` steps and, at the end, model.safetensors (dense with
             zeros) and record.json are written; each file appears whole or not at all.
         resume: continue a checkpoint of the same run, to the same bytes as without the stop.
         progress: called with (step, steps) after each step.
 
     Returns:
-        {task, recipe, density_requested, density (measured), metric, steps, seed, sites: [{key, shape, nnz}]}.
+        {task, recipe, allocation, density_requested, density (measured), metric, steps, seed, sites: [{key, shape, nnz}]}.
 
     Raises:
         BadInput: density or steps out of range.  BadFile: a damaged checkpoint.  Refused: a checkpoint of another run.
     """
     if not 0.0 < density <= 1.0 or steps < 1:
         raise BadInput(f"density {density}, steps {steps}", "a density lies in (0, 1] and training has at least one step", "pass for example density=0.1, steps=1000")
-    model = task.model(seed, **(options or {}))
-    sparsifier = Sparsifier(model, recipe.phases(density, steps), total=steps, seed=seed)
-    opt = optimizer(model.parameters())
-    sparsifier.attach(opt)
-    run = {"task": repr(task), "recipe": recipe.name, "density": density, "steps": steps, "seed": seed, "options": options or {}}
-    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if resume and (folder / _CHECKPOINT).exists():
-            _load(folder / _CHECKPOINT, run, model, sparsifier, opt)
-    for step in range(sparsifier.progress.step, steps):
-        opt.zero_grad()
-        sparsifier.loss(task.loss(model, task.batch(seed, step))).backward()
-        opt.step()
-        if folder is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
-            _save(folder / _CHECKPOINT, run, model, sparsifier, opt)
-        if progress is not None:
-            progress(step + 1, steps)
-    with exported(model):
-        record = _record(task, recipe, density, steps, seed, model, sparsifier)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = task.model(seed, **(options or {}))
+        phases = tuple(replace(phase, allocation=allocation or phase.allocation or recipe.allocation) for phase in recipe.phases(density, steps))
+        sparsifier = Sparsifier(model, phases, total=steps, seed=seed)
+        opt = optimizer(model.parameters())
+        sparsifier.attach(opt)
+        run = {
+            "task": repr(task),
+            "recipe": recipe.name,
+            "density": density,
+            "steps": steps,
+            "seed": seed,
+            "options": options or {},
+            "allocation": repr(allocation or recipe.allocation),
+        }
+        folder = None if checkpoint_dir is None else Path(checkpoint_dir)
         if folder is not None:
-            tensors = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
-            write_atomic(folder / _MODEL, save(tensors))
-            write_atomic(folder / _RECORD, (json.dumps(record, indent=2) + "\n").encode())
+            folder.mkdir(parents=True, exist_ok=True)
+            if resume and (folder / _CHECKPOINT).exists():
+                _load(folder / _CHECKPOINT, run, model, sparsifier, opt)
+        for step in range(sparsifier.progress.step, steps):
+            opt.zero_grad()
+            sparsifier.loss(task.loss(model, task.batch(seed, step))).backward()
+            opt.step()
+            if folder is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
+                _save(folder / _CHECKPOINT, run, model, sparsifier, opt)
+            if progress is not None:
+                progress(step + 1, steps)
+        with exported(model):
+            record = _record(task, run, model, sparsifier)
+            if folder is not None:
+                _write(folder, model, record)
     return record
 
 
-def _record(task: Task, recipe: TrainRecipe, density: float, steps: int, seed: int, model: nn.Module, sparsifier: Sparsifier) -> dict[str, Any]:
+def _write(folder: Path, model: nn.Module, record: dict[str, Any]) -> None:
+    tensors = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
+    write_atomic(folder / _MODEL, save(tensors))
+    write_atomic(folder / _RECORD, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def _record(task: Task, run: dict[str, Any], model: nn.Module, sparsifier: Sparsifier) -> dict[str, Any]:
     sites = [{"key": key, "shape": list(w.shape), "nnz": int((w != 0).sum())} for key, w in sparsifier.weights.items()]
     measured = sum(int((w != 0).sum()) for w in sparsifier.weights.values()) / sum(w.numel() for w in sparsifier.weights.values())
-    head = {"task": task.name, "recipe": recipe.name, "density_requested": density, "density": measured}
-    return {**head, "metric": task.evaluate(model), "steps": steps, "seed": seed, "sites": sites}
+    head = {"task": task.name, "recipe": run["recipe"], "allocation": run["allocation"], "density_requested": run["density"], "density": measured}
+    return {**head, "metric": task.evaluate(model), "steps": run["steps"], "seed": run["seed"], "sites": sites}
 
 
 def _save(path: Path, run: dict[str, Any], model: nn.Module, sparsifier: Sparsifier, optimizer: Optimizer) -> None:

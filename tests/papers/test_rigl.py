@@ -9,8 +9,8 @@ import torch
 from torch import Generator, Tensor
 
 from rarefy.core.exact import topk_mask
-from rarefy.core.records import Delta, Entries
-from rarefy.weights.rewiring.rigl import RigL
+from rarefy.core.records import Delta, Entries, Progress
+from rarefy.weights.rewiring.rigl import RIGL, RigL
 from tests.evidence import check
 
 NAME = "drops the smallest, grows the largest dense gradients among all but the kept, count exact, instead of the step"
@@ -52,3 +52,17 @@ def test_rigl() -> None:
 def test_a_masked_gradient_fails() -> None:
     with pytest.raises(AssertionError):
         holds(masked_gradient)
+
+
+def test_what_was_just_dropped_may_grow_again() -> None:
+    """Algorithm 1 excludes only what is kept: here the dropped entry has the largest gradient."""
+    entries = Entries(torch.tensor([5.0, 1.0]), torch.tensor([0, 1]), (1, 3))
+    delta = RigL().rewire(entries, count=2, fraction=0.5, bound=None, generator=Generator(), gradient=torch.tensor([[9.0, 8.0, 2.0]]))
+    assert (delta.drop.tolist(), delta.grow.tolist()) == ([1], [1])
+
+
+def test_the_fraction_is_the_papers_half_cosine_and_stops_at_three_quarters() -> None:
+    (phase,) = RIGL.phases(0.1, 4000)
+    for step, by_hand in ((0, 0.3), (1500, 0.15), (3000, 0.0), (3999, 0.0)):
+        assert abs(phase.fraction(Progress(phase_step=step)) - by_hand) < 1e-12
+    assert phase.every == 100

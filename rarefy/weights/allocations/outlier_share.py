@@ -52,8 +52,10 @@ class OutlierShare(Allocation):
         BadInput: spread below 0 or a multiple not above 0, no scores for a unit, NaN scores, or a budget outside the
             sum of floors and the sum of caps.
 
-    Source: Yin et al., Outlier Weighed Layerwise Sparsity (OWL), arXiv 2310.05175, section 3.3, rescaled as in a
-    widespread form of the code. The mean is weighted by block size, so that unequal blocks keep the total.
+    Source: Yin et al., Outlier Weighed Layerwise Sparsity (OWL), arXiv 2310.05175, section 3.3: one density for each
+    transformer block, D over all scores of the block's matrices together. The rescaling is that of the authors' code
+    (luuyin/OWL, lib/prune_all.py): ``(D - min D) / (max D - min D) * 2 lambda``, minus its mean, plus the density.
+    Our mean is weighted by block size, so that unequal blocks keep the total.
 
     >>> units = [Units(f"layers.{i}.w", (1, 10), ()) for i in range(2)]
     >>> scores = {"layers.0.w": torch.ones(1, 10), "layers.1.w": torch.tensor([[1.] * 9 + [100.]])}
@@ -101,6 +103,9 @@ OWL = Recipe(
         "owl",
         "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High Sparsity",
         "arXiv 2310.05175",
-        ("block mean weighted by size", "as in a widespread form of the code, densities span 2 lambda; a single outlying block may be more than lambda from the mean"),
+        (
+            "the mean over blocks is weighted by their size; the authors' code weighs blocks alike",
+            "as in the authors' code, densities span exactly 2 lambda: one outlying block may be more than lambda from the mean, which the paper's text rules out",
+        ),
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ class L1(LossPenalty):
     strength: float = 1e-4
     name = "l1"
 
+    def off(self) -> L1:
+        return replace(self, strength=0.0)
+
     def loss(self, weights: Mapping[str, Tensor], progress: Progress) -> Tensor:
         return self.strength * torch.stack([w.abs().sum() for w in weights.values()]).sum()
 
@@ -37,6 +40,9 @@ class ProximalL1(ProximalPenalty):
 
     strength: float = 1e-4
     name = "proximal-l1"
+
+    def off(self) -> ProximalL1:
+        return replace(self, strength=0.0)
 
     def prox(self, weights: Mapping[str, Tensor], rates: Mapping[str, float], progress: Progress) -> dict[str, Tensor]:
         return {k: torch.sign(w) * torch.relu(w.abs() - rates[k] * self.strength) for k, w in weights.items()}

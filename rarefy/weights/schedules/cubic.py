@@ -51,7 +51,7 @@ class Cubic(Schedule):
 def _phases(density: float, steps: int) -> tuple[Phase, ...]:
     every = max(1, steps // 40)
     schedule = Cubic(density, begin=steps // 8, every=every, updates=max(1, steps // (2 * every)))
-    return (Phase("gradual", density=schedule, criterion=Magnitude(), allocation=Uniform(), enforce=False),)
+    return (Phase("gradual", density=schedule, criterion=Magnitude(), enforce=False),)
 
 
 GRADUAL_MAGNITUDE = TrainRecipe("gradual-magnitude", _phases, Uniform(), Magnitude(), PAPER)
