@@ -168,12 +168,12 @@ def _frozen(model: Any, teacher: Teacher | None, recompute: bool) -> Iterator[No
     if teacher is not None:
         teacher.model.eval()
     if recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)({"use_reentrant": False})
     try:
         yield
     finally:
         if recompute:
-            model.gradient_checkpointing_disable()
+            (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
         model.train(mode)
         if teacher is not None:
             teacher.model.train(teaching)
@@ -216,6 +216,7 @@ def _train(
         if checkpoint is not None and ((step + 1) % how.save_every == 0 or step + 1 == steps):
             _save(checkpoint, learned, optimizer, losses)
             saved = step + 1
+            checkpoint.finished = (saved, steps)
         if progress is not None:
             progress(step + 1, steps, f"heal, loss {losses[-1]:.3f}")
     return losses, sum(p.numel() for p in learned.values())
@@ -245,7 +246,9 @@ class _Place:
         if bool(torch.isfinite(value)):
             return
         kept = f"; the checkpoint of step {self.saved} is kept in {self.checkpoint.folder}" if self.checkpoint is not None and self.saved else ""
-        raise BadInput(f"the {what} at step {self.step} is {float(value)}", f"training must stay finite{kept}", "lower the learning rate (--lr), or load the model in float32")
+        raise BadInput(
+            f"the {what} at step {self.step} is {float(value.detach())}", f"training must stay finite{kept}", "lower the learning rate (--lr), or load the model in float32"
+        )
 
 
 def _step(model: nn.Module, windows: Sequence[Tensor], teacher: Teacher | None, optimizer: Optimizer, lr: float, clip: float, place: _Place) -> float:
@@ -288,6 +291,8 @@ def _resume(checkpoint: Checkpoint | None, learned: dict[str, nn.Parameter], opt
         p.copy_(tensors[f"value|{name}"])
         optimizer.state[p] = {kind: tensors[f"{kind}|{name}"].to(p.device if kind != "step" else "cpu") for kind in ("step", "exp_avg", "exp_avg_sq")}
     losses: list[float] = json.loads(json.dumps(record["losses"]))
-    if checkpoint is not None and checkpoint.on_resume is not None:
+    assert checkpoint is not None
+    checkpoint.finished = (len(losses), steps)
+    if checkpoint.on_resume is not None:
         checkpoint.on_resume(len(losses), steps)
     return losses
