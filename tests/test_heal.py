@@ -280,6 +280,11 @@ def test_divergence_is_the_sum_written_out() -> None:
     assert float(divergence(t, t, 2.0)) == pytest.approx(0.0, abs=1e-6)
 
 
+def distance(model: Any, given: list[Tensor], teacher: Teacher) -> float:
+    with torch.no_grad():
+        return float(torch.stack([next_token_loss(model, ids, teacher) for ids in given]).mean())
+
+
 def test_alpha_mixes_and_a_teacher_alone_is_enough() -> None:
     dense, ids = llama(initializer_range=0.2), windows(1)[0]
     sparse = cut(copy.deepcopy(dense), density=0.2)
@@ -289,9 +294,9 @@ def test_alpha_mixes_and_a_teacher_alone_is_enough() -> None:
     assert float(next_token_loss(sparse, ids, Teacher(dense, 0.0, 2.0)).detach()) == task
     noise = [torch.randint(0, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(i)) for i in range(30)]
     before, teacher = weights(dense), Teacher(dense, 1.0, 1.0)
-    far = [float(next_token_loss(sparse, ids, teacher).detach())]
-    heal(sparse, noise, METHODS["full"](), teacher=teacher, training=Training(lr=1e-2))
-    assert float(next_token_loss(sparse, ids, teacher).detach()) < 0.7 * far[0]
+    far = distance(sparse, noise, teacher)
+    heal(sparse, noise, METHODS["full"](), teacher=teacher, training=Training(lr=0.03))
+    assert distance(sparse, noise, teacher) < 0.7 * far
     assert all(torch.equal(before[k], v) for k, v in weights(dense).items())
 
 
