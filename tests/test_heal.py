@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -17,6 +19,7 @@ from rarefy.core.discover import methods
 from rarefy.core.errors import BadInput, Refused
 from rarefy.core.exact import keep_count
 from rarefy.core.roles import asks
+from rarefy.surgery import heal as heal_module
 from rarefy.surgery.adapters import Adaptation
 from rarefy.surgery.distil import Teacher, divergence, next_token_loss
 from rarefy.surgery.gradients import mean_gradients
@@ -352,3 +355,139 @@ def test_only_pruned_matrices_that_one_module_owns_are_trained() -> None:
 
 def test_only_lors_asks_for_the_gradient() -> None:
     assert [name for name, method in METHODS.items() if asks(method.view)] == ["lors"]
+
+
+# -- the command line
+WORDS = ("sparse", "networks", "choose", "what", "to", "keep", "and", "pay", "for", "every", "zero", "twice", "unless", "kernels", "skip", "them")
+
+
+def write_text(path: Path, seed: int, words: int = 700) -> str:
+    order = torch.randint(len(WORDS), (words,), generator=torch.Generator().manual_seed(seed))
+    path.write_text(" ".join(WORDS[i] for i in order))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with a letter tokenizer, pruned by the command line, and two texts."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from rarefy.cli.main import main
+
+    root = tmp_path_factory.mktemp("heal")
+    letters = {w: i for i, w in enumerate(["<s>", "<unk>", *(chr(c) for c in range(97, 123)), " "])}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>").save_pretrained(root / "dense")
+    llama(initializer_range=0.1).save_pretrained(root / "dense")
+    train = write_text(root / "train.txt", 0)
+    write_text(root / "held.txt", 1)
+    pruned = ["prune", str(root / "dense"), "--recipe", "wanda", "--pattern", "2:4", "--calibration", train, "--calibration-tokens", "512", "--out", str(root / "half")]
+    assert main([*pruned, "--json"]) == 0
+    return root
+
+
+def run(capsys: pytest.CaptureFixture[str], root: Path, *more: str) -> tuple[int, str, str]:
+    from rarefy.cli.main import main
+
+    texts = ("--train-text", str(root / "train.txt"), "--text", str(root / "held.txt"), "--eval-tokens", "1024")
+    capsys.readouterr()
+    code = main(["heal", str(root / "half"), *texts, *more])
+    return code, *capsys.readouterr()
+
+
+def saved(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path / "model.safetensors")
+
+
+@pytest.mark.parametrize("method", [*METHODS, "lors:rank=4,exact=True"])
+def test_the_verb_heals_a_folder(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, method: str) -> None:
+    more = ("--teacher", str(folder / "dense"), "--alpha", "0.3") if method == "spp" else ()
+    code, out, err = run(capsys, folder, "--tokens", "2k", "--method", method, "--lr", "0.02", "--out", str(tmp_path / "healed"), "--json", *more)
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["loss_after"]["value"] < record["loss_before"]["value"] and record["method"] == method.partition(":")[0]
+    for when in ("before", "after"):
+        loss_, perplexity_ = record[f"loss_{when}"], record[f"perplexity_{when}"]
+        assert perplexity_["value"] == pytest.approx(math.exp(loss_["value"]))
+        assert loss_["interval"][0] <= loss_["value"] <= loss_["interval"][1] and perplexity_["interval"][0] == pytest.approx(math.exp(loss_["interval"][0]))
+    assert record["tokens"] == record["steps"] * 128 == 2048 and record["zeros"]["lost"] == 0
+    assert (record["teacher"] or {}).get("alpha") == (0.3 if more else None) and record["pruned"]["recipe"] == "wanda"
+    before, after = saved(folder / "half"), saved(tmp_path / "healed")
+    assert all(torch.equal(before[k] == 0, after[k] == 0) for k in before) and before.keys() == after.keys()
+    assert not (tmp_path / "healed.partial").exists() and "2048 tokens" in (tmp_path / "healed" / "README.md").read_text()
+    on_disk = json.loads((tmp_path / "healed" / "heal.json").read_text())
+    assert {**on_disk, "out": 0} == {**record, "out": 0}
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
+    assert torch.equal(again.model.layers[0].mlp.up_proj.weight, after["model.layers.0.mlp.up_proj.weight"])
+    schema = json.loads((Path(__file__).parent.parent / "docs" / "schema" / "heal.v1.json").read_text())
+    validator = pytest.importorskip("jsonschema").Draft202012Validator(schema)
+    assert [e.message for e in validator.iter_errors(record)] == []
+    assert all(not validator.is_valid({k: v for k, v in record.items() if k != gone}) for gone in schema["required"])
+    assert not validator.is_valid({**record, "zeros": {**record["zeros"], "lost": 1}})
+
+
+def test_ctrl_c_keeps_the_checkpoint_and_the_same_command_ends_in_the_same_bytes(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("--tokens", "2k", "--save-every", "4")
+    assert run(capsys, folder, *command, "--out", str(tmp_path / "straight"))[0] == 0
+    real = heal_module._step
+
+    def stop(*args: Any) -> float:
+        if args[-1].step == 11:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(heal_module, "_step", stop)
+    code, out, err = run(capsys, folder, *command, "--out", str(tmp_path / "stopped"))
+    assert code == 130 and "8 of 16 steps are kept" in err and not (tmp_path / "stopped").exists()
+    code, _, err = run(capsys, folder, *command, "--lr", "0.1", "--out", str(tmp_path / "stopped"))
+    assert code == 5 and "another run" in err
+    monkeypatch.undo()
+    code, out, err = run(capsys, folder, *command, "--out", str(tmp_path / "stopped"))
+    assert code == 0 and "resumed after 8 of 16 steps" in err and "0 of" in out
+    assert (tmp_path / "stopped" / "model.safetensors").read_bytes() == (tmp_path / "straight" / "model.safetensors").read_bytes()
+    assert not (tmp_path / "stopped.partial").exists()
+
+
+def test_what_the_verb_refuses(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    from rarefy.hub.load import load
+    from rarefy.hub.packed import save_packed
+
+    held, shared = str(folder / "held.txt"), tmp_path / "shared.txt"
+    shared.write_text((folder / "held.txt").read_text()[300:600] + (folder / "train.txt").read_text())
+    loaded = load(folder / "half")
+    save_packed(loaded.model, loaded.tokenizer, tmp_path / "packed")
+    out = ("--out", str(tmp_path / "out"))
+    cases = (
+        (("--train-text", held, *out), 5, "cannot be held out"),
+        (("--train-text", str(shared), "--tokens", "4k", *out), 5, " runs of 64 tokens"),
+        (("--lr", "1e30", "--tokens", "2k", *out), 2, "at step"),
+        (("--method", "none-such", *out), 2, "known are full, lors, masked-lora, spp"),
+        (("--tokens", "many", *out), 2, "written like 50k"),
+        (("--tokens", "10M", *out), 2, "are needed"),
+        (("--alpha", "2", "--teacher", str(folder / "dense"), *out), 2, "alpha lies in [0, 1]"),
+        (("--out", str(folder / "dense")), 5, "exists and is not empty"),
+    )
+    for arguments, wanted, words in cases:
+        code, _, err = run(capsys, folder, *arguments)
+        assert code == wanted and words in err and len(err.strip().splitlines()) == 1, (arguments, err)
+        assert not (tmp_path / "out").exists()
+    for model, words in ((tmp_path / "packed", "dequantize"), (folder / "dense", "prune it first")):
+        from rarefy.cli.main import main
+
+        assert main(["heal", str(model), *out]) == 5
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_result_has_a_name_of_its_own(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    assert run(capsys, folder, "--tokens", "256", "--method", "full")[0] == 0
+    assert (folder / "half-healed" / "heal.json").is_file()
+    from rarefy.cli.main import main
+
+    assert main(["heal", "owner/name"]) == 2
+    assert "--out" in capsys.readouterr().err

@@ -33,7 +33,7 @@ from rarefy.surgery.heal import heal as heal_model
 from rarefy.weights.checkpoint import Checkpoint
 
 RECORD = "heal.json"
-RUN = 64  # so many tokens in a row in both texts mean that they share a passage
+RUN = 64  # so many tokens in a row in both texts mean that they overlap
 
 EPILOG = (
     "Examples:  rarefy heal half --tokens 50k --out healed   ·   rarefy heal half --method lors:rank=8 --teacher demo --tokens 20k --out healed   ·   "
@@ -127,7 +127,7 @@ def _refuse_same_text(train: str | None, held_out: str | None) -> None:
 def texts(loaded: Loaded, tokens: int, train: str | None, held_out: str | None, eval_tokens: int, seed: int) -> tuple[list[Tensor], Tensor]:
     """Training windows, int64 [1, T] each, and held-out ids, int64 [N].
 
-    Raises Refused where the two share a passage of `RUN` tokens.
+    Raises Refused where the two share a run of `RUN` tokens.
     """
     tokenizer = need_tokenizer(loaded)
     window = min(WINDOW, getattr(loaded.model.config, "max_position_embeddings", WINDOW), max(2, tokens))
@@ -136,7 +136,7 @@ def texts(loaded: Loaded, tokens: int, train: str | None, held_out: str | None, 
     seen = {run for w in windows for run in _runs(w[0].tolist())}
     shared = sum(run in seen for run in _runs(ids.tolist()))
     if shared:
-        raise Refused(f"training and held-out text share {shared} passages of {RUN} tokens", "what was trained on cannot be held out", "name other texts (--train-text, --text)")
+        raise Refused(f"training and held-out text share {shared} runs of {RUN} tokens", "what was trained on cannot be held out", "name other texts (--train-text, --text)")
     return windows, ids
 
 
