@@ -51,10 +51,10 @@ def blocks_hold(merge: Merge) -> None:
         host = nn.Linear(8, count)
         with torch.no_grad():
             host.weight.copy_(weight)
-        x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
-        wanted = nn.functional.linear(x, merge(weight, rows, column, 2.0), host.bias)
         attach_view(host, "weight", RowBlockProduct(rows, column, 2.0))
-        assert torch.allclose(host(x), wanted, atol=1e-5)
+        for shape in ((1, 8), (3, 5, 8)):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+            assert torch.allclose(host(x), nn.functional.linear(x, merge(weight, rows, column, 2.0), host.bias), atol=1e-5)
 
 
 @check("spp", BLOCKS, kind="method")
@@ -81,15 +81,27 @@ def test_entries(count: int, rank: int) -> None:
 def test_gradients() -> None:
     weight, rows, column = (t.double() for t in given(12, 4))
     x, g = (torch.randn(6, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (8, 12))
+    x.requires_grad_(True)
     view = RowBlockProduct(rows.clone(), column.clone(), 2.0)
     (view.op(nn.functional.linear, x, weight, None) * g).sum().backward()
-    inner = 2.0 * (g.T @ x) * weight
+    inner = 2.0 * (g.T @ x.detach()) * weight
+    spread = rows.repeat_interleave(3, 0)
     assert torch.allclose(view.rows.grad, (inner * column).unflatten(0, (4, 3)).sum(1))
-    assert torch.allclose(view.column.grad, (inner * rows.repeat_interleave(3, 0)).sum(1, keepdim=True))
+    assert torch.allclose(view.column.grad, (inner * spread).sum(1, keepdim=True))
+    assert torch.allclose(x.grad, g @ (weight * (1 + 2.0 * spread * column)))
     view.dropout = 0.5
     with torch.no_grad():
         view.column.zero_()
     assert torch.equal(view.op(nn.functional.linear, x, weight, None), x @ weight.T)
+
+
+def test_backward_keeps_nothing_of_the_weights_size_but_the_weight() -> None:
+    weight, rows, column = given(60, 4, 64)
+    found: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: found.append(s) or s, lambda s: s):
+        RowBlockProduct(rows, column, 2.0).op(nn.functional.linear, torch.randn(20, 64, requires_grad=True), weight, None)
+    big = [s for s in found if s.numel() > 20 * 64 and s.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()]
+    assert found and big == []
 
 
 START = "logits are bit-equal at the start; after training the zeros are the same and 2:4 holds"
