@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -476,6 +477,9 @@ def test_what_the_verb_refuses(capsys: pytest.CaptureFixture[str], folder: Path,
         code, _, err = run(capsys, folder, *arguments)
         assert code == wanted and words in err and len(err.strip().splitlines()) == 1, (arguments, err)
         assert not (tmp_path / "out").exists()
+    other = shutil.copytree(folder / "dense", tmp_path / "other")
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text().replace('"q": 18', '"Q": 18').replace('"q":18', '"Q":18'))
+    assert "shares the student's vocabulary" in run(capsys, folder, "--teacher", str(other), *out)[2]
     for model, words in ((tmp_path / "packed", "dequantize"), (folder / "dense", "prune it first")):
         from rarefy.cli.main import main
 

@@ -75,7 +75,7 @@ def heal(
         clear_drafts(whole)
         loaded = load(model, dtype=dtype, device=device)
         pruned_sites(loaded.model)
-        parent = None if teacher is None else Teacher(load(teacher, dtype=dtype, device=device).model, alpha, temperature)
+        parent = None if teacher is None else Teacher(_parent(load(teacher, dtype=dtype, device=device), loaded), alpha, temperature)
         windows, held_out = texts(loaded, wanted, train_text, text, eval_tokens, seed)
         before = _score(loaded, held_out)
         began = time.monotonic()
@@ -117,6 +117,13 @@ def _beside(model: str) -> str:
     if not Path(model).is_dir():
         raise BadInput(f"{model} is no folder here", "the result needs a name", "pass --out FOLDER")
     return f"{Path(model).absolute()}-healed"
+
+
+def _parent(teacher: Loaded, student: Loaded) -> Any:
+    """The teacher's model, once it is known to read the same tokens."""
+    if teacher.tokenizer is not None and student.tokenizer is not None and teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
+        raise BadInput(f"teacher {teacher.spec}", "a teacher shares the student's vocabulary", "take the dense parent")
+    return teacher.model
 
 
 def _refuse_same_text(train: str | None, held_out: str | None) -> None:
