@@ -217,6 +217,27 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkp
     assert len(record["losses"]) == 4 and all(bool(torch.isfinite(t).all()) for t in tensors.values())
 
 
+def test_a_gradient_that_is_not_finite_is_named_before_it_is_used() -> None:
+    model = cut(llama())
+
+    def poison(done: int, total: int, label: str) -> None:
+        next(iter(viewed(model).values()))[1].change.register_hook(lambda g: g * float("inf"))
+
+    with pytest.raises(BadInput, match="gradient at step 2 is"):
+        heal(model, windows(6), METHODS["full"](), training=FAST, progress=poison)
+
+
+def test_a_step_follows_the_mean_loss_of_its_windows() -> None:
+    model, given = llama(), windows(3)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    weight = model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    (wanted,) = torch.autograd.grad(torch.stack([next_token_loss(model, ids) for ids in given]).mean(), [weight])
+    before = weight.detach().clone()
+    heal_module._step(model, given, None, torch.optim.SGD([weight], lr=9.0), 0.5, 1e9, heal_module._Place(1, 0, None))
+    assert torch.allclose(before - weight.detach(), 0.5 * wanted, atol=1e-6)
+
+
 def test_a_learning_rate_that_is_too_high_never_saves_what_is_not_finite(tmp_path: Path) -> None:
     held = Checkpoint(tmp_path / "p")
     with pytest.raises(BadInput, match=r"(loss|gradient) at step \d+ is"):
@@ -351,7 +372,10 @@ def test_only_pruned_matrices_that_one_module_owns_are_trained() -> None:
     with torch.no_grad():
         model.lm_head.weight[:5] = 0.0
         dense = model.model.layers[1].mlp.down_proj.weight.copy_(torch.ones(32, 64))
-    assert {s.key for s in pruned_sites(model)} == {k for k, p in model.named_parameters() if "layers." in k and p.dim() == 2 and p is not dense}
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    first.weight = second.weight
+    untouched = (dense, second.weight)
+    assert {s.key for s in pruned_sites(model)} == {k for k, p in model.named_parameters() if "layers." in k and p.dim() == 2 and all(p is not u for u in untouched)}
 
 
 def test_only_lors_asks_for_the_gradient() -> None:

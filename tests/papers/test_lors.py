@@ -81,6 +81,7 @@ def kept(make: Make) -> list[Tensor]:
     found: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda s: found.append(s) or s, lambda s: s):
         y = host(t["x"].requires_grad_(True))
+    found += [v for v in vars(y.grad_fn).values() if isinstance(v, Tensor)] if isinstance(y.grad_fn, torch.autograd.function.BackwardCFunction) else []
     y.sum().backward()
     raw = host._parameters["weight"]
     return [s for s in found if s.numel() >= O * I and s.data_ptr() != raw.data_ptr() and s.shape != t["x"].shape]

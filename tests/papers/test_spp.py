@@ -95,6 +95,14 @@ def test_gradients() -> None:
     assert torch.equal(view.op(nn.functional.linear, x, weight, None), x @ weight.T)
 
 
+def test_dropout_is_on_the_learned_branch_and_in_training_only() -> None:
+    weight, rows, column = given(12, 4)
+    x, view = torch.ones(2, 8), RowBlockProduct(rows, column, 2.0, dropout=0.5)
+    with torch.no_grad():
+        assert not torch.equal(view.op(nn.functional.linear, x, weight, None), view.op(nn.functional.linear, x, weight, None))
+        assert torch.allclose(view.eval().op(nn.functional.linear, x, weight, None), x @ view(weight).T, atol=1e-5)
+
+
 def test_backward_keeps_nothing_of_the_weights_size_but_the_weight() -> None:
     weight, rows, column = given(60, 4, 64)
     found: list[Tensor] = []
