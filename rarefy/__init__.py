@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rarefy.core.trace import Trace as Trace
     from rarefy.hub.load import load as load
     from rarefy.probes.perplexity import perplexity as perplexity
+    from rarefy.surgery.heal import heal as heal
     from rarefy.weights.optimize import optimize as optimize
     from rarefy.weights.prune import prune as prune
     from rarefy.weights.sites import find_sites as find_sites
@@ -56,6 +57,7 @@ _WHERE = {
     "Trace": "core.trace",
     "load": "hub.load",
     "perplexity": "probes.perplexity",
+    "heal": "surgery.heal",
     "optimize": "weights.optimize",
     "prune": "weights.prune",
     "find_sites": "weights.sites",

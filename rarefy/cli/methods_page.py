@@ -13,6 +13,7 @@ from rarefy.core import roles
 from rarefy.core.discover import methods, recipes, train_recipes
 from rarefy.core.errors import RarefyError
 from rarefy.core.records import Paper, Phase, Recipe, TrainRecipe
+from rarefy.surgery.adapters import Adaptation
 
 ROLES = (
     roles.Criterion,
@@ -28,6 +29,7 @@ ROLES = (
     roles.Overflow,
     roles.Balance,
     roles.Task,
+    Adaptation,
 )
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 DENSITY, STEPS = 0.1, 1000  # what a training recipe is shown at

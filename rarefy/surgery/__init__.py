@@ -1,1 +1,1 @@
-"""One model into another: edits that change shapes, each with a record that a loader can replay."""
+"""One model into another: edits of shape with a record that a loader replays; recovery of what pruning lost."""

@@ -100,12 +100,12 @@ class Checkpoint:
         if not self.folder.exists():
             return self
         if not self.folder.is_dir() or (not (self.folder / KEY).is_file() and not all(DRAFT in p.name for p in self.folder.iterdir())):
-            raise Refused(f"{self.folder} is no checkpoint of a prune", "nothing is overwritten unasked", "move it away or name another folder")
+            raise Refused(f"{self.folder} is no checkpoint", "nothing is overwritten unasked", "move it away or name another folder")
         if (self.folder / KEY).is_file() and self._stored() != key:
             if not self.replace:
                 raise Refused(
-                    f"checkpoint {self.folder} belongs to another prune",
-                    "model, recipe, options, calibration, seed, threads and torch version must be as they were",
+                    f"checkpoint {self.folder} belongs to another run",
+                    "model, method, options, text, seed, threads and torch version must be as they were",
                     "delete it or pass --force",
                 )
             self._clear()
