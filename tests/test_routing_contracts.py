@@ -305,7 +305,7 @@ class Remembers(Balance):
     def __call__(self, entry: Entry) -> Tensor:
         assert entry.routing.scores is not None
         self.seen.append(entry.routing.scores.logits.softmax(-1).mean(0).detach())
-        mean = torch.stack(self.seen).mean(0)
+        mean = torch.stack([p for p in self.seen if p.numel() == entry.routing.experts]).mean(0)
         return 0.01 * mean.numel() * (mean * mean).sum()
 
 

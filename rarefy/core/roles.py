@@ -185,7 +185,7 @@ class Choice(Role):
     """
 
     causal: ClassVar[bool] = True
-    affinity: ClassVar[Callable[[int, int], Affinity] | None] = None  # (width, experts) -> Affinity
+    affinity: ClassVar[type[Affinity] | None] = None  # made of (width, experts)
     balances: ClassVar[tuple[Balance, ...]] = ()
     overflow: ClassVar[Overflow | None] = None
 

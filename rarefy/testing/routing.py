@@ -17,7 +17,7 @@ from rarefy.core.records import Context, Entry, Routing, Scores
 from rarefy.core.roles import Affinity, Balance, Choice, Overflow
 from rarefy.experts.banks.glu import GLU
 from rarefy.experts.routers.linear import Linear
-from rarefy.experts.routing import dense, unpadded
+from rarefy.experts.routing import unpadded
 from rarefy.testing import figures
 from rarefy.testing.contract import contract
 
