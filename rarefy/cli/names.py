@@ -14,6 +14,7 @@ from rarefy.weights.solvers.keep import Keep
 
 __all__ = ["listed", "part", "recipe", "share"]
 
+
 def recipe(name: str, *, criterion: str | None = None, allocation: str | None = None, pattern: str | None = None) -> Recipe:
     """The recipe of that name, with the parts that the user replaces.
 

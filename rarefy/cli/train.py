@@ -16,7 +16,9 @@ from rarefy.core.roles import Allocation, Task
 from rarefy.weights.train import train as train_task
 
 
-@app.command(epilog="Examples:  rarefy train digits --recipe gradual-magnitude --density 0.1   ·   rarefy train digits --recipe rigl --checkpoints run1   ·   rarefy train char_lm --recipe static --density 1 --router top-p")
+@app.command(
+    epilog="Examples:  rarefy train digits --recipe gradual-magnitude --density 0.1   ·   rarefy train digits --recipe rigl --checkpoints run1   ·   rarefy train char_lm --recipe static --density 1 --router top-p"
+)
 def train(
     task: Annotated[str, typer.Argument(help="See `rarefy methods`.")],
     recipe: Annotated[str, typer.Option(help="A training recipe; see `rarefy methods`.")] = "rigl",
