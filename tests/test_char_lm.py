@@ -65,7 +65,7 @@ def test_every_router_trains_by_its_name(router: str) -> None:
 def test_a_router_takes_its_hyper_parameters_and_another_name_is_refused() -> None:
     experts = [CharLM(width=16, router=f"top-p:p={p}").evaluate(CharLM(width=16).model(0, router=f"top-p:p={p}"))["experts"] for p in (0.1, 0.5, 1.0)]
     assert 1.0 == experts[0] < experts[1] < experts[2] == 4.0
-    with pytest.raises(BadInput, match="choice 'none-such': known are .*gap, .*top-p, topk"):
+    with pytest.raises(BadInput, match=r"choice 'none-such': known are .*gap, .*top-p, topk"):
         CharLM().model(0, router="none-such")
     with pytest.raises(BadInput, match="router of the task digits"):
         Digits().model(0, router="topk")

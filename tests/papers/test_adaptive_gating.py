@@ -34,13 +34,13 @@ def gap_holds(choice: type[Choice]) -> None:
     x, affinity, bank = torch.randn(300, 6), Linear(6, 5), Counting(5, 6, 5)
     with torch.no_grad():
         for threshold, limit in ((0.0, Switch()), (1.0, TopK(2, renormalise=False))):
-            got, want = (MoE(affinity, c, bank)(x) for c in (choice(threshold), limit))  # type: ignore[call-arg]
+            got, want = (MoE(affinity, c, bank)(x) for c in (choice(threshold), limit))
             torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
         top = affinity(x, Context(), bank).logits.softmax(-1).topk(2).values
         before = 0.0
         for threshold in (0.0, 0.05, 0.1, 0.2, 0.5, 1.0):
             bank.rows = 0
-            moe = MoE(affinity, choice(threshold), bank)  # type: ignore[call-arg]
+            moe = MoE(affinity, choice(threshold), bank)
             with Trace(moe) as trace:
                 moe(x)
             mean = per_row(trace.entries[0].routing).float().mean().item()
@@ -124,7 +124,7 @@ def curriculum_holds(order: Callable[[Tensor], Tensor]) -> None:
     with Trace(model) as trace, torch.no_grad():
         model(ids, attention_mask=mask.long())
     vectors = complexity(trace.entries, 9)
-    alone = torch.stack([per_row(Gap(0.2)(trace.entries[0].routing.scores, Context())).view(9, 7)[d][mask[d]].sub(1).float().mean() for d in range(9)])  # type: ignore[arg-type]
+    alone = torch.stack([per_row(Gap(0.2)(trace.entries[0].routing.scores, Context())).view(9, 7)[d][mask[d]].sub(1).float().mean() for d in range(9)])
     torch.testing.assert_close(vectors[:, 0], alone)
     vectors = vectors + 0.01
     found = order(vectors)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from rarefy.core.records import Context, Rows, Scores
+from rarefy.core.records import Context, Routing, Rows, Scores
 from rarefy.core.roles import Choice
 from rarefy.core.trace import Trace
 from rarefy.experts.banks.glu import GLU
@@ -37,7 +41,7 @@ def separate(moe: MoE, k: int, x: Tensor) -> Tensor:
 def grouped(choice: type[Choice]) -> None:
     torch.manual_seed(0)
     x = torch.randn(40, 6)
-    moe = MoE(Linear(6, 12), choice(3), GLU(12, 6, 5), Capacity(1.25))  # type: ignore[call-arg]
+    moe = MoE(Linear(6, 12), choice(3), GLU(12, 6, 5), Capacity(1.25))
     with Trace(moe) as trace:
         y = moe(x)
     routing = trace.entries[0].routing
@@ -45,9 +49,9 @@ def grouped(choice: type[Choice]) -> None:
     assert torch.equal(before.expert.view(-1, 3) // 4, torch.arange(3).expand(40, 3)), "not one expert of each group"
     assert routing.dropped is not None and routing.dropped.sum() > 0
     torch.testing.assert_close(y, separate(moe, 3, x), atol=1e-5, rtol=1e-5)
-    one = MoE(moe.affinity, choice(1), moe.bank)  # type: ignore[call-arg]
+    one = MoE(moe.affinity, choice(1), moe.bank)
     torch.testing.assert_close(one(x), MoE(moe.affinity, Switch(), moe.bank)(x), atol=1e-6, rtol=1e-6)
-    every = MoE(moe.affinity, choice(12), moe.bank)  # type: ignore[call-arg]
+    every = MoE(moe.affinity, choice(12), moe.bank)
     torch.testing.assert_close(every(x), torch.stack([f(x) for f in moe.bank.split()]).sum(0), atol=1e-5, rtol=1e-5)
 
 
@@ -58,7 +62,7 @@ class TopOfAll(TopK):
 class OneSoftmax(Prototypes):
     """The right experts, weighted by one softmax over all of them: the groups' routers are not their own."""
 
-    def __call__(self, scores: Scores, context: Context):  # type: ignore[no-untyped-def]
+    def __call__(self, scores: Scores, context: Context) -> Routing:
         found = super().__call__(scores, context)
         weight = scores.logits.softmax(-1)[found.rows(), found.expert]
         return type(found)(found.expert, weight, found.items, found.experts, found.k, scores=scores)
@@ -86,12 +90,12 @@ class Counting(GLU):
 
     rows = 0
 
-    def split(self):  # type: ignore[no-untyped-def]
-        def counted(f, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def split(self) -> Any:
+        def counted(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             self.rows += x.shape[0]
             return f(x)
 
-        return [lambda x, f=f: counted(f, x) for f in super(Counting, self).split()]
+        return [partial(counted, f) for f in super().split()]
 
     def grouped(self, rows: Rows) -> Tensor:
         raise AssertionError("not compiled here")
@@ -103,19 +107,19 @@ def cost(choice: Choice, factor: float) -> tuple[int, int]:
     moe = MoE(Linear(6, 6), choice, Counting(6, 6, 5), Capacity(factor))
     with Trace(moe) as trace, torch.no_grad():
         moe(torch.randn(1, 6).expand(60, 6))
-    return moe.bank.rows, int(trace.entries[0].routing.counts().max())  # type: ignore[return-value]
+    return moe.bank.rows, int(trace.entries[0].routing.counts().max())
 
 
 def costs_what_top_k_costs(choice: type[Choice]) -> None:
     """At equal k and factor the experts run as many rows as under top-k; the factor over k gives the places of one top-1 layer."""
-    assert cost(choice(2), 1.0) == cost(TopK(2), 1.0) == (40, 20)  # type: ignore[call-arg]
-    assert cost(choice(2), 1.0 / 2)[1] == cost(Switch(), 1.0)[1] == 10  # type: ignore[call-arg]
+    assert cost(choice(2), 1.0) == cost(TopK(2), 1.0) == (40, 20)
+    assert cost(choice(2), 1.0 / 2)[1] == cost(Switch(), 1.0)[1] == 10
 
 
 class EveryGroupTwice(TopK):
     """A group's second expert is taken too: twice the cost."""
 
-    def __call__(self, scores: Scores, context: Context):  # type: ignore[no-untyped-def]
+    def __call__(self, scores: Scores, context: Context) -> Routing:
         return TopK(2 * self.k)(scores, context)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rarefy.core.records import Context, Routing, Scores
+from rarefy.core.records import Context, Entry, Routing, Scores
 from rarefy.core.roles import Balance, Choice
 from rarefy.core.trace import Trace
 from rarefy.experts.balance.row_entropy import RowEntropy
@@ -28,7 +28,7 @@ def mass_holds(choice: type[Choice]) -> None:
     logits = 2 * torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
     p = logits.softmax(-1)
     for bound in (0.1, 0.4, 0.7, 0.95):
-        routing = choice(bound)(Scores(logits), Context())  # type: ignore[call-arg]
+        routing = choice(bound)(Scores(logits), Context())
         kept = dense(routing)
         chosen = kept > 0
         assert (kept.sum(-1) > bound - 1e-6).all(), "the crossing expert is missing"
@@ -36,9 +36,9 @@ def mass_holds(choice: type[Choice]) -> None:
         assert ((p * chosen).sum(-1) - last <= bound + 1e-6).all(), "one expert too many"
         assert (p.masked_fill(chosen, 0.0).max(-1).values <= last).all()
         torch.testing.assert_close(kept, p * chosen)
-    assert per_row(choice(0.0)(Scores(logits), Context())).unique().tolist() == [1]  # type: ignore[call-arg]
-    assert per_row(choice(1.0)(Scores(9 * logits), Context())).unique().tolist() == [16]  # type: ignore[call-arg]
-    assert per_row(choice(0.5)(Scores(torch.zeros(3, 2)), Context())).tolist() == [2] * 3, "the mass must exceed p"  # type: ignore[call-arg]
+    assert per_row(choice(0.0)(Scores(logits), Context())).unique().tolist() == [1]
+    assert per_row(choice(1.0)(Scores(9 * logits), Context())).unique().tolist() == [16]
+    assert per_row(choice(0.5)(Scores(torch.zeros(3, 2)), Context())).tolist() == [2] * 3, "the mass must exceed p"
 
 
 class Renormalised(TopP):
@@ -71,7 +71,7 @@ def test_mass_twin(twin: type[Choice], why: str) -> None:
 class NoLoss(Balance):
     beta: float = 0.0
 
-    def __call__(self, entry):  # type: ignore[no-untyped-def]
+    def __call__(self, entry: Entry) -> torch.Tensor:
         return 0.0 * entry.routing.weight.sum()
 
 
@@ -79,7 +79,7 @@ def entropy_keeps_experts_few(loss: type[Balance]) -> None:
     """On text, with the loss rows end with fewer experts than without it, and than they began with."""
     for seed in range(2):
         means = []
-        for balances in ((LoadBalance(0.01),), (LoadBalance(0.01), loss(0.1))):  # type: ignore[call-arg]
+        for balances in ((LoadBalance(0.01),), (LoadBalance(0.01), loss(0.1))):
             _, first, last = trained("top-p", balances, seed=seed)
             means.append([torch.stack([per_row(e.routing).float().mean() for e in part]).mean().item() for part in (first, last)])
         (_, without), (began, ended) = means
