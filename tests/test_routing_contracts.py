@@ -16,6 +16,8 @@ from rarefy.core.discover import methods
 from rarefy.core.records import Context, Entry, Routing, Scores
 from rarefy.core.roles import Affinity, Balance, Choice, Overflow
 from rarefy.experts.balance.switch_balance import LoadBalance
+from rarefy.experts.banks.glu import GLU
+from rarefy.experts.moe import MoE
 from rarefy.experts.overflow.capacity import Capacity, first_come
 from rarefy.experts.routers.linear import Linear
 from rarefy.experts.routers.switch import Switch
@@ -362,6 +364,18 @@ def test_a_part_that_states_neither_bound_nor_value_is_told(monkeypatch: pytest.
     monkeypatch.delattr(Capacity, "bound")
     with pytest.raises(AssertionError, match="bound"):
         contracts.check(Capacity)
+
+
+@pytest.mark.parametrize("name", methods(Choice))
+def test_every_router_is_one_graph_when_compiled(name: str) -> None:
+    choice = methods(Choice)[name]()
+    torch.manual_seed(0)
+    moe = MoE(Linear(8, 4), choice, GLU(4, 8, 6), choice.overflow)
+    x, context = torch.randn(9, 8), Context(valid=torch.arange(9) != 4, live=torch.tensor([True, True, True, False]))
+    torch._dynamo.reset()
+    got: Tensor = torch.compile(moe, backend="eager", fullgraph=True)(x, context)
+    torch.testing.assert_close(got, moe(x, context))
+    assert not bool(got[4].any())
 
 
 def test_what_a_choice_is_trained_with_is_of_its_roles() -> None:

@@ -48,7 +48,7 @@ class MassBefore(Choice):
 
     def __call__(self, scores: Scores, context: Context) -> Routing:
         weight, expert, before = ranked(probabilities(scores.logits, context.live).float())
-        chosen = (before < self.p) if self.p < 1 else (before == before)
+        chosen = (before < self.p) | (self.p >= 1)  # a sum may round to 1 before the last expert
         chosen[:, :1] = True
         return row_major(scores, context, expert.where(chosen, scores.logits.shape[1]), weight)
 
