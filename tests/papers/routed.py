@@ -1,16 +1,19 @@
-"""The small routed character model that routing papers are checked on."""
+"""What routing papers are checked on: a small routed character model, and a bank that counts the rows that it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rarefy.core.records import Entry
+from rarefy.core.records import Entry, Rows
 from rarefy.core.roles import Balance
 from rarefy.core.trace import Trace
+from rarefy.experts.banks.glu import GLU
 from rarefy.tasks.char_lm import CharLM
 
 LAST = 20  # steps whose records are kept
@@ -40,3 +43,19 @@ def trained(router: str, balances: Sequence[Balance], steps: int = 60, seed: int
 def load(entries: Sequence[Entry]) -> Tensor:
     """Assignments per expert in all, [E]."""
     return torch.stack([entry.routing.counts() for entry in entries]).sum(0).float()
+
+
+class Counting(GLU):
+    """A bank that counts the rows that its experts run."""
+
+    rows = 0
+
+    def split(self) -> Any:
+        def counted(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+            self.rows += x.shape[0]
+            return f(x)
+
+        return [partial(counted, f) for f in super().split()]
+
+    def grouped(self, rows: Rows) -> Tensor:
+        raise AssertionError("not compiled here")

@@ -23,7 +23,7 @@ from rarefy.experts.routers.topk import TopK
 from rarefy.experts.routing import per_row
 from rarefy.recipes.curriculum import complexity, similar_first
 from tests.evidence import check
-from tests.papers.test_m6t_prototyping import Counting
+from tests.papers.routed import Counting
 
 SLUG = "adaptive-gating"
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from rarefy.core.records import Context, Routing, Rows, Scores
+from rarefy.core.records import Context, Routing, Scores
 from rarefy.core.roles import Choice
 from rarefy.core.trace import Trace
 from rarefy.experts.banks.glu import GLU
@@ -21,6 +17,7 @@ from rarefy.experts.routers.prototypes import Prototypes
 from rarefy.experts.routers.switch import Switch
 from rarefy.experts.routers.topk import TopK
 from tests.evidence import check
+from tests.papers.routed import Counting
 
 SLUG = "m6t-prototyping"
 NAME = "one expert of each group, equal to k separate top-1 layers"
@@ -83,22 +80,6 @@ def test_grouped_twin() -> None:
 def test_grouped_twin_with_one_softmax() -> None:
     with pytest.raises(AssertionError, match="not close"):
         grouped(OneSoftmax)
-
-
-class Counting(GLU):
-    """A bank that counts the rows that its experts run."""
-
-    rows = 0
-
-    def split(self) -> Any:
-        def counted(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-            self.rows += x.shape[0]
-            return f(x)
-
-        return [partial(counted, f) for f in super().split()]
-
-    def grouped(self, rows: Rows) -> Tensor:
-        raise AssertionError("not compiled here")
 
 
 def cost(choice: Choice, factor: float) -> tuple[int, int]:

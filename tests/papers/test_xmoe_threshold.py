@@ -24,7 +24,7 @@ from rarefy.experts.routers.mass_before import MassBefore
 from rarefy.experts.routers.top_p import TopP
 from rarefy.experts.routing import dense
 from tests.evidence import check
-from tests.papers.test_m6t_prototyping import Counting
+from tests.papers.routed import Counting
 
 SLUG = "xmoe-threshold"
 

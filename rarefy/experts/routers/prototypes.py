@@ -35,8 +35,7 @@ class Prototypes(Choice):
         "M6-T: Exploring Sparse Expert Models and Beyond",
         "arXiv 2105.15082",
         (
-            "the grouping and the sum over groups were read in the abstract and in two accounts of the paper; its full text was not at hand, "
-            "so that the weight p within a group rests on Switch's form",
+            "the grouping and the sum over groups were read in the abstract and in accounts of the paper, the weight p in one of them; the full text was not at hand",
             "no balance loss by default: the paper finds that one changes the load and not the quality",
             "routing within attention and the training of a trillion parameters are not built in",
         ),
