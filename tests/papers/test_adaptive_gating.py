@@ -15,13 +15,13 @@ from rarefy.core.trace import Trace
 from rarefy.experts.balance.first_choice import FirstChoiceBalance
 from rarefy.experts.balance.lone_choice import LoneChoiceBalance
 from rarefy.experts.banks.glu import GLU
+from rarefy.experts.curriculum import complexity, similar_first
 from rarefy.experts.moe import MoE
 from rarefy.experts.routers.gap import Gap
 from rarefy.experts.routers.linear import Linear
 from rarefy.experts.routers.switch import Switch
 from rarefy.experts.routers.topk import TopK
 from rarefy.experts.routing import per_row
-from rarefy.recipes.curriculum import complexity, similar_first
 from tests.evidence import check
 from tests.papers.routed import Counting
 

@@ -33,7 +33,7 @@ class Gap(Choice):
         "Adaptive Gating in Mixture-of-Experts based Language Models",
         "EMNLP 2023",
         (
-            "the curriculum is an order of the samples (`rarefy.recipes.curriculum`), which no command applies",
+            "the curriculum is an order of the samples (`rarefy.experts.curriculum`), which no command applies",
             "one expert is weighted by its probability, as in top-1 gating, and two by theirs; the paper's text was read in a summary that leaves their scale open",
         ),
     )

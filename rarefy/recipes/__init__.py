@@ -1,1 +1,0 @@
-"""recipes: one idea per file."""
