@@ -104,12 +104,18 @@ def digest(sources: list[Path]) -> str:
 
 
 def sources_of(slug: str) -> list[Path]:
-    """The files that hold the objects of a slug; for a recipe, those of its parts too."""
+    """The files that hold the objects of a slug, and those of the parts that a recipe or a class names (a router its balance losses)."""
     files = set()
     for value in papers().get(slug, []):
-        parts = [value] if inspect.isclass(value) else [type(v) for v in vars(value).values() if type(v).__module__.startswith("rarefy")]
+        parts = [value, *_named(value)] if inspect.isclass(value) else [type(v) for v in vars(value).values() if type(v).__module__.startswith("rarefy")]
         files |= {Path(inspect.getfile(p)) for p in parts if "core/records" not in inspect.getfile(p)}
     return sorted(files)
+
+
+def _named(value: type) -> list[type]:
+    held = [v for h in vars(value).values() for v in (h if isinstance(h, tuple) else (h,))]
+    kinds = [v if inspect.isclass(v) else type(v) for v in held]
+    return [kind for kind in kinds if kind.__module__.startswith("rarefy")]
 
 
 def write() -> None:

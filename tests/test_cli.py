@@ -125,6 +125,8 @@ def test_optimize_stays_within_its_budget(capsys: pytest.CaptureFixture[str], ti
         (("report", "TINY"), "has no prune.json"),
         (("optimize", "TINY", "--max-loss", "lots", "--out", "OUT"), "a share is a number"),
         (("train", "digits", "--recipe", "none-such"), "training recipe 'none-such': known are"),
+        (("train", "char_lm", "--router", "none-such"), "choice 'none-such': known are"),
+        (("train", "digits", "--router", "top-p"), "option router of the task digits"),
         (("--plugin", "/no/plugin.py", "methods"), "a plug-in is a Python file that exists"),
         (("prune",), "Missing argument 'model'; see rarefy prune --help."),
         (("no-such-verb",), "see rarefy --help"),

@@ -14,17 +14,18 @@ import rarefy.testing as contracts
 from rarefy.core import discover
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Units
-from rarefy.core.roles import Allocation, Criterion, Pattern, Policy, Rewiring, Role, Schedule, Solver, Statistic, Trigger, View
+from rarefy.core.roles import Affinity, Allocation, Balance, Choice, Criterion, Overflow, Pattern, Policy, Rewiring, Role, Schedule, Solver, Statistic, Trigger, View
 from rarefy.testing import figures
 from rarefy.testing.allocations import asked
 from rarefy.testing.contract import _contracts
 from rarefy.testing.solvers import excess, solve
 from rarefy.weights.patterns import parse_pattern
 
-ROLES = [role for role in _contracts if role not in (Role, View)]
+MODULES = (View, Affinity)  # roles whose parts are modules without a name
+ROLES = [role for role in _contracts if role not in (Role, *MODULES)]
 PARTS = [pytest.param(part, id=f"{role.__name__}-{name}") for role in ROLES for name, part in discover.methods(role).items()]
-VIEWS = [v for m in discover.modules() for v in vars(m).values() if inspect.isclass(v) and issubclass(v, View) and v.__module__ == m.__name__]
-PARTS += [pytest.param(view, id=f"View-{view.__name__}") for view in VIEWS]
+FOUND = {role: [v for m in discover.modules() for v in vars(m).values() if inspect.isclass(v) and issubclass(v, role) and v.__module__ == m.__name__] for role in MODULES}
+PARTS += [pytest.param(kind, id=f"{role.__name__}-{kind.__name__}") for role, kinds in FOUND.items() for kind in kinds]
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -33,8 +34,8 @@ def test_part_keeps_its_contract(part: type) -> None:
 
 
 def test_every_role_with_a_contract_is_run_over_parts() -> None:
-    assert {Statistic, Criterion, Allocation, Pattern, Solver, Schedule, Rewiring, Trigger, Policy} <= {*ROLES} and View in _contracts
-    assert VIEWS and all(discover.methods(role) for role in ROLES)
+    assert {Statistic, Criterion, Allocation, Pattern, Solver, Schedule, Rewiring, Trigger, Policy, Choice, Overflow, Balance} <= {*ROLES} and {*MODULES} <= {*_contracts}
+    assert all(FOUND.values()) and all(discover.methods(role) for role in ROLES)
 
 
 @settings(max_examples=25, deadline=None)

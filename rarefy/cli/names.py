@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import math
-from typing import Any, TypeVar
+from typing import Any
 
-from rarefy.core.discover import methods, pick, recipes
+from rarefy.core.discover import part, pick, recipes
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Recipe
 from rarefy.core.roles import Allocation, Criterion
 from rarefy.weights.patterns import parse_pattern
 from rarefy.weights.solvers.keep import Keep
 
-T = TypeVar("T")
-
-
-def part(role: type[T], text: str) -> T:
-    """The part that a text names, its hyper-parameters as `name:field=value,field=value`.
-
-    Raises:
-        BadInput: an unknown name, an unknown field, or a value that the field does not take.
-
-    >>> part(Allocation, "uniform")
-    Uniform()
-    """
-    name, _, options = text.partition(":")
-    kind: Any = pick(methods(role), name, role.__name__.lower())
-    fields = set(inspect.signature(kind).parameters)
-    given = dict(option.partition("=")[::2] for option in options.split(",") if option)
-    unknown = sorted(set(given) - fields)
-    if unknown:
-        raise BadInput(f"{text!r}", f"{name} has the fields {', '.join(sorted(fields)) or 'none'}, not {', '.join(unknown)}")
-    try:
-        return kind(**{key: _value(value) for key, value in given.items()})
-    except TypeError as error:
-        raise BadInput(f"{text!r}", f"a field of {name} is missing or has a value of the wrong kind", f"write for example {name}:{min(fields, default='field')}=0.5") from error
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+__all__ = ["listed", "part", "recipe", "share"]
 
 
 def recipe(name: str, *, criterion: str | None = None, allocation: str | None = None, pattern: str | None = None) -> Recipe:

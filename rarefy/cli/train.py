@@ -16,13 +16,16 @@ from rarefy.core.roles import Allocation, Task
 from rarefy.weights.train import train as train_task
 
 
-@app.command(epilog="Examples:  rarefy train digits --recipe gradual-magnitude --density 0.1   ·   rarefy train digits --recipe rigl --checkpoints run1")
+@app.command(
+    epilog="Examples:  rarefy train digits --recipe gradual-magnitude --density 0.1   ·   rarefy train digits --recipe rigl --checkpoints run1   ·   rarefy train char_lm --recipe static --density 1 --router top-p"
+)
 def train(
     task: Annotated[str, typer.Argument(help="See `rarefy methods`.")],
     recipe: Annotated[str, typer.Option(help="A training recipe; see `rarefy methods`.")] = "rigl",
     density: Annotated[float, typer.Option(help="Fraction of the weights that is kept at the end.")] = 0.1,
     steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 300,
     allocation: Annotated[str | None, typer.Option(help="In place of the recipe's, e.g. erk or uniform; see `rarefy methods`.")] = None,
+    router: Annotated[str | None, typer.Option(help="For a task with a routed layer, e.g. top-p or gap:threshold=0.2; see `rarefy methods`.")] = None,
     seed: Seed = 0,
     checkpoints: Annotated[str | None, typer.Option(help="A folder: saves as it goes, resumes, and holds the result.")] = None,
     as_json: Json = False,
@@ -38,6 +41,7 @@ def train(
             density=density,
             steps=steps,
             seed=seed,
+            options=None if router is None else {"router": router},
             allocation=split,
             checkpoint_dir=checkpoints,
             progress=lambda done, total: progress(done, total, f"train {task}"),

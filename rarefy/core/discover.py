@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -106,3 +107,33 @@ def papers() -> dict[str, list[Any]]:
             if paper is not None and value not in found.setdefault(paper.slug, []):
                 found[paper.slug].append(value)
     return dict(sorted(found.items()))
+
+
+def part(role: type[T], text: str) -> T:
+    """The part that a text names, its hyper-parameters as `name:field=value,field=value`.
+
+    Raises:
+        BadInput: an unknown name, an unknown field, or a value that the field does not take.
+
+    >>> from rarefy.core.roles import Allocation
+    >>> part(Allocation, "uniform")
+    Uniform()
+    """
+    name, _, options = text.partition(":")
+    kind: Any = pick(methods(role), name, role.__name__.lower())
+    fields = set(inspect.signature(kind).parameters)
+    given = dict(option.partition("=")[::2] for option in options.split(",") if option)
+    unknown = sorted(set(given) - fields)
+    if unknown:
+        raise BadInput(f"{text!r}", f"{name} has the fields {', '.join(sorted(fields)) or 'none'}, not {', '.join(unknown)}")
+    try:
+        return kind(**{key: _value(value) for key, value in given.items()})
+    except TypeError as error:
+        raise BadInput(f"{text!r}", f"a field of {name} is missing or has a value of the wrong kind", f"write for example {name}:{min(fields, default='field')}=0.5") from error
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

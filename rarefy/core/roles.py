@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Generator, Tensor, nn
 
-from rarefy.core.records import Access, Context, Delta, Entries, Key, Paper, Progress, Pruned, Routing, Units
+from rarefy.core.records import Access, Context, Delta, Entries, Entry, Key, Paper, Progress, Pruned, Routing, Scores, Units
 
 
 class Role(ABC):
@@ -171,13 +171,30 @@ class View(nn.Module):
 
 
 class Affinity(nn.Module):
-    """(x [R, d], context, bank) -> Scores. Learned; may read the bank."""
+    """(x [R, d], context, bank) -> Scores. Learned; may read the bank. `examples` take rows of 8 and score 4 experts."""
+
+    @classmethod
+    def examples(cls) -> tuple[Any, ...]:
+        return (cls(8, 4),)
 
 
 class Choice(Role):
-    """(Scores, Context) -> Routing | Slots | Mix. Frozen; owns selection and weighing; `causal` is declared and tested."""
+    """(Scores, Context) -> Routing | Slots | Mix. Frozen; owns selection and weighing; `causal` is declared and tested.
+
+    `affinity` (None: the linear router), `balances` and `overflow` are what its paper trains it with; a layer may take others.
+    """
 
     causal: ClassVar[bool] = True
+    affinity: ClassVar[type[Affinity] | None] = None  # made of (width, experts)
+    balances: ClassVar[tuple[Balance, ...]] = ()
+    overflow: ClassVar[Overflow | None] = None
+
+    @abstractmethod
+    def __call__(self, scores: Scores, context: Context) -> Routing: ...
+
+    def invariants(self, routing: Routing, scores: Scores, context: Context) -> dict[str, bool]:
+        """{what holds of every routing that it makes: whether it does}; the contract suite asks over many scores."""
+        return {}
 
 
 class Overflow(Role):
@@ -186,9 +203,20 @@ class Overflow(Role):
     @abstractmethod
     def __call__(self, routing: Routing, context: Context) -> Routing: ...
 
+    def bound(self, routing: Routing, context: Context) -> int | None:
+        """The most assignments that one expert keeps of this routing; None: as many as come."""
+        raise NotImplementedError
+
 
 class Balance(Role):
     """Entry -> scalar, run outside the layer; padding is masked."""
+
+    @abstractmethod
+    def __call__(self, entry: Entry) -> Tensor: ...
+
+    def even(self, experts: int) -> float:
+        """Its value where every one of so many live experts is equally likely and serves as many rows, one expert per row."""
+        raise NotImplementedError
 
 
 class Bank(nn.Module):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, finfo
 
-from rarefy.core.records import Routing
+from rarefy.core.records import Context, Routing, Scores
 
 
 def keep(routing: Routing, mask: Tensor) -> Routing:
     """Assign to nobody where `mask` [N] is False, and count per expert [E] what was lost; shapes stay as they are.
 
-    >>> import torch
     >>> r = keep(Routing(torch.tensor([0, 1]), torch.ones(2), 2, 2, k=1), torch.tensor([True, False]))
     >>> r.expert.tolist(), r.weight.tolist(), r.dropped.tolist()
     ([0, 2], [1.0, 0.0], [0, 1])
@@ -25,7 +25,6 @@ def keep(routing: Routing, mask: Tensor) -> Routing:
 def unpadded(routing: Routing, valid: Tensor | None) -> Routing:
     """Send the assignments of padding (`valid` [R] False) to nobody, without counting them as dropped.
 
-    >>> import torch
     >>> unpadded(Routing(torch.tensor([0, 1]), torch.ones(2), 2, 2, k=1), torch.tensor([True, False])).expert.tolist()
     [0, 2]
     """
@@ -38,7 +37,6 @@ def unpadded(routing: Routing, valid: Tensor | None) -> Routing:
 def dense(routing: Routing) -> Tensor:
     """The combine weights as a matrix [R, E]; several assignments of one row to one expert add up.
 
-    >>> import torch
     >>> dense(Routing(torch.tensor([1, 2]), torch.tensor([0.5, 9.0]), 2, 2, k=1)).tolist()
     [[0.0, 0.5], [0.0, 0.0]]
     """
@@ -49,7 +47,6 @@ def dense(routing: Routing) -> Tensor:
 def probabilities(logits: Tensor, live: Tensor | None) -> Tensor:
     """Softmax [R, E] over the live experts [E]; a dead expert gets exactly 0, and all get 0 where nobody is live.
 
-    >>> import torch
     >>> probabilities(torch.zeros(1, 2), torch.tensor([True, False])).tolist()
     [[1.0, 0.0]]
     """
@@ -59,5 +56,43 @@ def probabilities(logits: Tensor, live: Tensor | None) -> Tensor:
 
 
 def alive(expert: Tensor, live: Tensor | None) -> Tensor:
-    """Experts [...] with every dead one replaced by the sentinel E."""
-    return expert if live is None else expert.where(live[expert], live.numel())
+    """Experts [...] with every dead one replaced by the sentinel E, which stays."""
+    return expert if live is None else expert.where(torch.cat([live, live.new_zeros(1)])[expert], live.numel())
+
+
+def row_major(scores: Scores, context: Context, expert: Tensor, weight: Tensor) -> Routing:
+    """The routing of expert [R, k] and weight [R, k], first choice first; what is dead, padding or E already goes to nobody with weight 0.
+
+    >>> chosen = torch.tensor([[1, 0], [0, 2]])
+    >>> r = row_major(Scores(torch.zeros(2, 2)), Context(live=torch.tensor([True, False])), chosen, torch.ones(2, 2))
+    >>> r.expert.tolist(), r.weight.tolist(), r.k
+    ([2, 0, 0, 2], [0.0, 1.0, 1.0, 0.0], 2)
+    """
+    (items, k), experts = expert.shape, scores.logits.shape[1]
+    expert = alive(expert, context.live)
+    if context.valid is not None:
+        expert = expert.where(context.valid.reshape(-1, 1), experts)
+    weight = weight.masked_fill(expert == experts, 0.0)
+    return Routing(expert.flatten(), weight.flatten(), items, experts, k, scores=scores)
+
+
+def ranked(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Per row the values in descending order (equals by lower index), whose they are, and the sum of those before: three of [R, E].
+
+    >>> [t.tolist() for t in ranked(torch.tensor([[0.25, 0.5, 0.25]]))]
+    [[[0.5, 0.25, 0.25]], [[1, 0, 2]], [[0.0, 0.5, 0.75]]]
+    """
+    value, index = p.sort(stable=True, dim=-1, descending=True)  # topk leaves the order of equals open
+    before = value.detach().cumsum(-1).roll(1, -1)
+    before[:, :1] = 0.0
+    return value, index, before
+
+
+def per_row(routing: Routing) -> Tensor:
+    """How many experts serve each row, [R].
+
+    >>> per_row(Routing(torch.tensor([0, 1, 1, 2]), torch.ones(4), 2, 2, k=2)).tolist()
+    [2, 1]
+    """
+    zeros = torch.zeros(routing.items, dtype=torch.long, device=routing.expert.device)
+    return zeros.scatter_add(0, routing.rows(), (routing.expert < routing.experts).long())

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rarefy.core.discover import part
 from rarefy.core.records import Context
-from rarefy.core.roles import Task
+from rarefy.core.roles import Choice, Task
 from rarefy.core.trace import Trace
-from rarefy.experts.balance.switch_balance import LoadBalance
 from rarefy.experts.banks.glu import GLU
 from rarefy.experts.moe import MoE
-from rarefy.experts.overflow.capacity import Capacity
 from rarefy.experts.routers.linear import Linear
 from rarefy.experts.routers.switch import Switch
+from rarefy.experts.routing import per_row
 
 _SPAN = 12  # characters seen
 _HELD_OUT = 20_000  # characters at the end that are never trained on
@@ -34,12 +34,17 @@ def _text() -> Tensor:
 
 
 class RoutedCharacters(nn.Module):
-    """Embed 12 characters, mix them, one routed layer with a residual, read out 128 logits: [R, 12] -> [R, 128]."""
+    """Embed 12 characters, mix them, one routed layer with a residual, read out 128 logits: [R, 12] -> [R, 128].
 
-    def __init__(self, width: int, experts: int) -> None:
+    `choice` routes, with the affinity, the overflow rule and the balance losses that its paper trains it with.
+    """
+
+    def __init__(self, width: int, experts: int, choice: Choice) -> None:
         super().__init__()
         self.embed, self.mix, self.read = nn.Embedding(_ASCII, 16), nn.Linear(16 * _SPAN, width), nn.Linear(width, _ASCII)
-        self.norm, self.moe = nn.LayerNorm(width), MoE(Linear(width, experts), Switch(), GLU(experts, width, width), Capacity())
+        affinity = (choice.affinity or Linear)(width, experts)
+        self.norm, self.moe = nn.LayerNorm(width), MoE(affinity, choice, GLU(experts, width, width), choice.overflow)
+        self.balances = choice.balances
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.mix(self.embed(x).flatten(1))
@@ -49,9 +54,9 @@ class RoutedCharacters(nn.Module):
 
 @dataclass(frozen=True)
 class CharLM(Task):
-    """Predict the next ASCII character of Python's help texts; the loss includes the layer's balance term.
+    """Predict the next ASCII character of Python's help texts; the loss includes the router's balance losses.
 
-    The text depends on the Python version, so compare numbers within one version only.
+    `router` names any Choice, with its hyper-parameters: `topk`, `top-p:p=0.5`. The text depends on the Python version, so compare numbers within one version only.
 
     >>> x, y = CharLM(rows=4).batch(0, 7); tuple(x.shape), tuple(y.shape)
     ((4, 12), (4,))
@@ -60,33 +65,44 @@ class CharLM(Task):
     width: int = 64
     experts: int = 4
     rows: int = 128
+    router: str = Switch.name
     name = "char_lm"
 
     def model(self, seed: int, **options: Any) -> nn.Module:
-        """One routed layer; the caller's random state is left as it was. Options: width, experts."""
+        """One routed layer; the caller's random state is left as it was. Options: width, experts, router.
+
+        Raises:
+            BadInput: no such router (the sentence lists what there is), or one that refuses its hyper-parameters.
+        """
+        width, experts = (int(options.get(name, getattr(self, name))) for name in ("width", "experts"))
+        choice = part(Choice, options.get("router", self.router))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return RoutedCharacters(int(options.get("width", self.width)), int(options.get("experts", self.experts)))
+            return RoutedCharacters(width, experts, choice)
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
         """x [rows, 12] and the character that follows, y [rows], from the training part."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         return _windows(torch.randint(len(_text()) - _HELD_OUT - _SPAN, (self.rows,), generator=generator))
 
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+    def loss(self, model: Any, batch: Any) -> Tensor:
         with Trace(model) as trace:
             loss = F.cross_entropy(model(batch[0]), batch[1])
-        return loss + torch.stack([LoadBalance()(entry) for entry in trace.entries]).sum()
+        for balance in model.balances:
+            loss = loss + torch.stack([balance(entry) for entry in trace.entries]).sum()
+        return loss
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Accuracy in [0, 1] and loss in nats per character on 2048 held-out places, with the evaluation capacity."""
+        """Accuracy in [0, 1], loss in nats per character and experts per character on 2048 held-out places, with the evaluation capacity."""
         size = len(_text())
         x, y = _windows(torch.linspace(size - _HELD_OUT, size - _SPAN - 1, 2048).long())
         training = model.training
-        logits = model.eval()(x)
+        with Trace(model) as trace:
+            logits = model.eval()(x)
         model.train(training)
-        return {"accuracy": float((logits.argmax(1) == y).float().mean()), "loss": float(F.cross_entropy(logits, y))}
+        served = per_row(trace.entries[0].routing).float().mean()
+        return {"accuracy": float((logits.argmax(1) == y).float().mean()), "loss": float(F.cross_entropy(logits, y)), "experts": float(served)}
 
 
 def _windows(start: Tensor) -> tuple[Tensor, Tensor]:

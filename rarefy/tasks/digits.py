@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rarefy.core.errors import MissingExtra
+from rarefy.core.errors import BadInput, MissingExtra
 from rarefy.core.roles import Task
 
 _TRAIN = 1347  # of 1797; the rest is held out
@@ -40,7 +40,14 @@ class Digits(Task):
     name = "digits"
 
     def model(self, seed: int, **options: Any) -> nn.Module:
-        """A perceptron 64 - width - width - 10; the caller's random state is left as it was. Option: width."""
+        """A perceptron 64 - width - width - 10; the caller's random state is left as it was. Option: width.
+
+        Raises:
+            BadInput: another option.
+        """
+        other = sorted(set(options) - {"width"})
+        if other:
+            raise BadInput(f"option {', '.join(other)} of the task {self.name}", "its model has the option width alone", "leave it out")
         width = int(options.get("width", self.width))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

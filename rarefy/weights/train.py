@@ -58,7 +58,8 @@ def train(
         progress: called with (step, steps) after each step.
 
     Returns:
-        {task, recipe, allocation, density_requested, density (measured), metric, steps, seed, sites: [{key, shape, nnz}]}.
+        {task, recipe, allocation, density_requested, density (measured), metric, steps, seed, sites: [{key, shape, nnz}]}, and
+        `options` where some were given.
 
     Raises:
         BadInput: density or steps out of range.  BadFile: a damaged checkpoint.  Refused: a checkpoint of another run.
@@ -111,6 +112,7 @@ def _record(task: Task, run: dict[str, Any], model: nn.Module, sparsifier: Spars
     sites = [{"key": key, "shape": list(w.shape), "nnz": int((w != 0).sum())} for key, w in sparsifier.weights.items()]
     measured = sum(int((w != 0).sum()) for w in sparsifier.weights.values()) / sum(w.numel() for w in sparsifier.weights.values())
     head = {"task": task.name, "recipe": run["recipe"], "allocation": run["allocation"], "density_requested": run["density"], "density": measured}
+    head |= {"options": run["options"]} if run["options"] else {}
     return {**head, "metric": task.evaluate(model), "steps": run["steps"], "seed": run["seed"], "sites": sites}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import BadInput
-from rarefy.core.records import Entry
+from rarefy.core.records import Entry, Scores
 from rarefy.core.roles import Balance
 from rarefy.experts.routing import probabilities
 
@@ -29,17 +29,38 @@ class LoadBalance(Balance):
     name = "load_balance"
     alpha: float = 0.01
 
+    def even(self, experts: int) -> float:
+        return self.alpha
+
     def __call__(self, entry: Entry) -> Tensor:
-        routing = entry.routing
-        if routing.scores is None:
-            raise BadInput(f"balance loss of {entry.path}", "the routing must carry its scores")
-        valid, live = entry.context.valid, entry.context.live
-        p = probabilities(routing.scores.logits.float(), live)
-        valid = torch.ones(routing.items, dtype=torch.bool, device=p.device) if valid is None else valid.reshape(-1)
-        load = routing.count(valid[routing.rows()]).to(p)
-        if routing.dropped is not None:
-            load = load + routing.dropped
-        fraction = load / load.sum().clamp(min=1)
-        mean = (p * valid[:, None]).sum(0) / valid.sum().clamp(min=1)
-        experts = routing.experts if live is None else live.sum()
-        return self.alpha * experts * (fraction * mean).sum()
+        load = entry.routing.count(valid_rows(entry)[entry.routing.rows()])
+        if entry.routing.dropped is not None:
+            load = load + entry.routing.dropped
+        return self.alpha * load_times_probability(entry, load)
+
+
+def scores_of(entry: Entry) -> Scores:
+    """The scores that a balance loss needs.
+
+    Raises:
+        BadInput: the routing carries none.
+    """
+    if entry.routing.scores is None:
+        raise BadInput(f"balance loss of {entry.path}", "the routing must carry its scores")
+    return entry.routing.scores
+
+
+def valid_rows(entry: Entry) -> Tensor:
+    """Bool [R], False at padding."""
+    valid = entry.context.valid
+    return torch.ones(entry.routing.items, dtype=torch.bool, device=entry.routing.expert.device) if valid is None else valid.reshape(-1)
+
+
+def load_times_probability(entry: Entry, load: Tensor) -> Tensor:
+    """``L * sum_e f_e P_e`` of counts [E]: f is the load's share, P the mean probability over rows that are not padding; 0 without any load."""
+    live, valid = entry.context.live, valid_rows(entry)
+    p = probabilities(scores_of(entry).logits.float(), live)
+    fraction = load.to(p) / load.sum().clamp(min=1)
+    mean = (p * valid[:, None]).sum(0) / valid.sum().clamp(min=1)
+    experts = entry.routing.experts if live is None else live.sum()
+    return experts * (fraction * mean).sum()

@@ -45,11 +45,19 @@ class Capacity(Overflow):
         above, below = self._ratios[training]
         return -(-above * assignments // (below * experts))
 
+    def bound(self, routing: Routing, context: Context) -> int:
+        return self.limit(routing.expert.numel(), routing.experts, context.training)
+
     def __call__(self, routing: Routing, context: Context) -> Routing:
-        routing = unpadded(routing, context.valid)
-        first = routing.ranks().argsort(stable=True)
-        order = first[routing.expert[first].argsort(stable=True)]
-        expert = routing.expert[order]
-        place = torch.empty_like(order)
-        place[order] = torch.arange(order.numel(), device=order.device) - torch.searchsorted(expert, expert)
-        return keep(routing, place < self.limit(order.numel(), routing.experts, context.training))
+        return first_come(routing, context, self.bound(routing, context))
+
+
+def first_come(routing: Routing, context: Context, limit: int) -> Routing:
+    """Keep the first `limit` assignments of each expert, first choices before second ones, then rows in order; padding takes no place."""
+    routing = unpadded(routing, context.valid)
+    first = routing.ranks().argsort(stable=True)
+    order = first[routing.expert[first].argsort(stable=True)]
+    expert = routing.expert[order]
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.numel(), device=order.device) - torch.searchsorted(expert, expert)
+    return keep(routing, place < limit)

@@ -24,3 +24,6 @@ class TrainingOnly(Overflow):
 
     def __call__(self, routing: Routing, context: Context) -> Routing:
         return self.inner(routing, context) if context.training else routing
+
+    def bound(self, routing: Routing, context: Context) -> int | None:
+        return self.inner.bound(routing, context) if context.training else None

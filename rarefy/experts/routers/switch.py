@@ -9,7 +9,9 @@ from torch import Generator, Tensor, nn
 
 from rarefy.core.records import Context, Paper, Routing, Scores
 from rarefy.core.roles import Choice
-from rarefy.experts.routing import alive, probabilities
+from rarefy.experts.balance.switch_balance import LoadBalance
+from rarefy.experts.overflow.capacity import Capacity
+from rarefy.experts.routing import per_row, probabilities, row_major
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,15 @@ class Switch(Choice):
         ("distillation to a dense model is not built in",),
     )
 
+    balances = (LoadBalance(),)
+    overflow = Capacity()
+
     def __call__(self, scores: Scores, context: Context) -> Routing:
-        p = probabilities(scores.logits, context.live)
-        weight, expert = p.max(-1)
-        return Routing(alive(expert, context.live), weight, p.shape[0], p.shape[1], 1, scores=scores)
+        weight, expert = probabilities(scores.logits, context.live).max(-1, keepdim=True)
+        return row_major(scores, context, expert, weight)
+
+    def invariants(self, routing: Routing, scores: Scores, context: Context) -> dict[str, bool]:
+        return {"at most one expert per row": bool((per_row(routing) <= 1).all())}
 
 
 @torch.no_grad()

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Routing, Scores
 from rarefy.core.roles import Choice
-from rarefy.experts.routing import alive, probabilities
+from rarefy.experts.balance.switch_balance import LoadBalance
+from rarefy.experts.overflow.capacity import Capacity
+from rarefy.experts.routing import per_row, probabilities, ranked, row_major
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,17 @@ class TopK(Choice):
     name = "topk"
     k: int = 2
     renormalise: bool = True
+    balances = (LoadBalance(),)
+    overflow = Capacity()
 
     def __call__(self, scores: Scores, context: Context) -> Routing:
         p = probabilities(scores.logits, context.live)
         if not 1 <= self.k <= p.shape[1]:
             raise BadInput(f"k = {self.k} with {p.shape[1]} experts", "a row takes between one and all of the experts", "choose k in 1..E")
-        # A stable sort: topk leaves the order of equals open.
-        weight, expert = (t[:, : self.k] for t in p.sort(stable=True, dim=-1, descending=True))
+        weight, expert = (t[:, : self.k] for t in ranked(p)[:2])
         if self.renormalise:
             weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-20)
-        return Routing(alive(expert, context.live).flatten(), weight.flatten(), p.shape[0], p.shape[1], self.k, scores=scores)
+        return row_major(scores, context, expert, weight)
+
+    def invariants(self, routing: Routing, scores: Scores, context: Context) -> dict[str, bool]:
+        return {f"at most {self.k} experts per row": bool((per_row(routing) <= self.k).all())}
