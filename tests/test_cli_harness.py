@@ -77,7 +77,7 @@ def test_the_loaded_model_is_what_is_scored(tiny: str, monkeypatch: pytest.Monke
     assert given["task_manager"].include_path == tiny
 
 
-@pytest.mark.parametrize(("tasks", "message"), [("none-such,letters", "task none-such: the harness has no task of that name"), (",", "no tasks")])
+@pytest.mark.parametrize(("tasks", "message"), [("none-such,letters", "task none-such: the harness has no task of that name"), (",", "a list names at least one thing")])
 def test_what_cannot_be_scored_is_refused(tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tasks: str, message: str) -> None:
     stand_in(monkeypatch)
     assert main(["eval", tiny, "--tasks", tasks]) == 2
