@@ -104,12 +104,20 @@ def digest(sources: list[Path]) -> str:
 
 
 def sources_of(slug: str) -> list[Path]:
-    """The files that hold the objects of a slug; for a recipe, those of its parts too."""
+    """The files that hold the objects of a slug; for a recipe or a gating, those of its parts too."""
     files = set()
     for value in papers().get(slug, []):
-        parts = [value] if inspect.isclass(value) else [type(v) for v in vars(value).values() if type(v).__module__.startswith("rarefy")]
+        parts = [value] if inspect.isclass(value) else [kind for held in vars(value).values() for kind in _kinds(held)]
         files |= {Path(inspect.getfile(p)) for p in parts if "core/records" not in inspect.getfile(p)}
     return sorted(files)
+
+
+def _kinds(held: Any) -> list[type[Any]]:
+    """The classes of ours among a value's parts."""
+    if isinstance(held, tuple):
+        return [kind for each in held for kind in _kinds(each)]
+    kind = held if inspect.isclass(held) else type(held)
+    return [kind] if kind.__module__.startswith("rarefy") else []
 
 
 def write() -> None:

@@ -414,7 +414,7 @@ def header(folder: Path, old: str, new: str) -> None:
 GATE_HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "tampered": (lambda f: plan(f, gate_entry(threshold=0.5)), "sha256 is not that of its own fields"),
     "no checksum": (lambda f: plan(f, lambda q: q.pop("sha256")), "no sha256 of itself"),
-    "unknown gate": (lambda f: seal(f, lambda q: q["gates"][DOWN].update(gate="sieve")), "known gates are threshold, topk"),
+    "unknown gate": (lambda f: seal(f, lambda q: q["gates"][DOWN].update(gate="sieve")), "known gates are channel-threshold, straight-topk, threshold, topk"),
     "negative threshold": (lambda f: seal(f, gate_entry(threshold=-0.5)), "threshold -0.5 of the gate"),
     "nan threshold": (lambda f: seal(f, gate_entry(threshold=float("nan"))), "finite numbers"),
     "text threshold": (lambda f: seal(f, gate_entry(threshold="0.1")), "finite numbers"),
@@ -503,7 +503,7 @@ def test_a_user_reaches_gates_from_the_command_line(tiny: str, tmp_path: Path, c
 @pytest.mark.parametrize(
     ("gate", "words"),
     [
-        ("sieve", "known are threshold, topk"),
+        ("sieve", "known are channel-threshold, straight-topk, threshold, topk"),
         ("topk:k=3", "has the fields density"),
         ("topk:density=2", "density 2"),
         ("threshold:threshold=-1", "finite float32"),

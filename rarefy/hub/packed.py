@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +114,12 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def save_packed(model: Any, tokenizer: Any, out: str | Path, layout: str = "bitmask", *, force: bool = False, max_shard_size: str | int = "50GB") -> dict[str, Any]:
+def save_packed(model: Any, tokenizer: Any, out: str | Path, layout: str = "bitmask", *, force: bool = False, max_shard_size: str | int = "50GB", gating: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Save a transformers model with its sparse layers packed, its gates and its edits; the model itself is left as it was.
 
     A Linear or Conv1D is packed where that is smaller than the dense tensor. A gated one is packed in any case, `flat`
     where nothing is smaller, so that transformers without rarefy cannot run it dense. The others stay dense, and the
-    record says why.
+    record says why. `gating` is what `rarefy.activations.apply.apply_gating` measured, to be kept in the record.
 
     Returns:
         The record: layout, bytes before and after, gates, edits, and per site its density, layout, bytes, relative error and the reason where it stays dense.
@@ -159,6 +159,7 @@ def save_packed(model: Any, tokenizer: Any, out: str | Path, layout: str = "bitm
         "gates": [{"name": path, **gate_dict(gate)} for path, gate in gates.items()],
         "edits": [edit_dict(edit) for edit in plan.edits],
         "sites": sites,
+        **({} if gating is None else {"gating": dict(gating)}),
     }
     try:
         with atomic_folder(Path(out), force=force) as draft:

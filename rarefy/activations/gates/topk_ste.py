@@ -51,7 +51,7 @@ class StraightTopK(Gate):
 
     @classmethod
     def examples(cls) -> tuple[StraightTopK, ...]:
-        return cls(), cls(0.5), cls(0.1), cls(0.0), cls(0.5, block=1)
+        return cls(), cls(0.5), cls(0.1), cls(0.0)
 
     def keep(self, x: Tensor) -> Tensor:
         width = self.block or x.shape[-1]

@@ -17,7 +17,7 @@ Q_SPARSE = Gating(
         "Q-Sparse: All Large Language Models can be Fully Sparsely-Activated",
         "arXiv 2407.10969, section 2",
         (
-            "the gate does not divide by the L2 norm of what it keeps: a model trained so has `rarefy.tasks.squared_relu_lm.UnitRows` behind it",
+            "the gate does not divide by the L2 norm of what it keeps: a model trained so has `rarefy.tasks.squared_relu_lm.UnitLinear` for its matrices",
             "the quantised variants, 8-bit activations and 1.58-bit weights, are not here",
             "no language model of the paper's sizes was trained",
         ),
