@@ -28,7 +28,7 @@ def holds(gating: Gating) -> None:
     dense, one, mine, x = chain(), chain(), chain(), HELD[0]
     apply_gating(one, replace(CATS, density=0.3), SEEN, HELD)
     record = apply_gating(mine, replace(gating, density=0.3), SEEN, HELD)
-    assert all(abs(g["density"] - 0.3) < 0.02 for g in record["gates"])
+    assert all(abs(g["density"] - 0.3) < 0.02 for g in record["gates"] if ".mlp." in g["name"])
     errors = [sum(float((b.mlp(x) - d.mlp(x)).square().mean()) for b, d in zip(m.blocks, dense.blocks, strict=True)) for m in (mine, one)]
     assert errors[0] < 0.8 * errors[1], "one threshold does as well"
     ends = {g["name"] for g in record["gates"] if ".mix." in g["name"]}
