@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rarefy.activations.ledger import measure
@@ -67,7 +65,7 @@ def _measured(model: nn.Module, shares: dict[str, float], sizes: dict[str, int],
     ledger = measure(model, heldout)
     found = gated(model)
     rows = [{"name": place, "gate": type(found[place]).name, "density_set": share, "density": ledger.density(place)} for place, share in shares.items()]
-    density = sum(sizes[row["name"]] * row["density"] for row in rows) / sum(sizes.values())
+    density = sum(sizes[place] * ledger.density(place) for place in shares) / sum(sizes.values())
     return {"density": density, "gates": rows, "ledger": ledger.record()}
 
 

@@ -54,7 +54,11 @@ def collect_rows(model: nn.Module, places: Sequence[str], batches: Iterable[Any]
             hook.remove()
     for place, found in seen.items():
         if not sum(x.shape[0] for x in found):
-            raise BadInput(f"the {'output' if place.endswith(OUTPUT) else 'input'} of {place.removesuffix(OUTPUT)}", "no calibration token reached it", "calibrate with batches that reach every gated module")
+            raise BadInput(
+                f"the {'output' if place.endswith(OUTPUT) else 'input'} of {place.removesuffix(OUTPUT)}",
+                "no calibration token reached it",
+                "calibrate with batches that reach every gated module",
+            )
     return {place: torch.cat(found) for place, found in seen.items()}
 
 

@@ -114,7 +114,9 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def save_packed(model: Any, tokenizer: Any, out: str | Path, layout: str = "bitmask", *, force: bool = False, max_shard_size: str | int = "50GB", gating: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def save_packed(
+    model: Any, tokenizer: Any, out: str | Path, layout: str = "bitmask", *, force: bool = False, max_shard_size: str | int = "50GB", gating: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Save a transformers model with its sparse layers packed, its gates and its edits; the model itself is left as it was.
 
     A Linear or Conv1D is packed where that is smaller than the dense tensor. A gated one is packed in any case, `flat`

@@ -64,8 +64,11 @@ class RarefyQuantizer(HfQuantizer):
             module, kind = _module(model, path, layer)
             packed = torch.empty(layer.bytes, dtype=torch.uint8, device=module.weight.device)
             replace(model, path, kind(layer, packed, module.bias))
-        for path, gate in plan.gates.items():
-            attach_gate(model, path, copy.deepcopy(gate))
+        for place, gate in plan.gates.items():
+            try:
+                attach_gate(model, place, copy.deepcopy(gate))
+            except BadInput as error:
+                raise BadFile(f"the gate on {place}", "the model has no such module", "write the folder again") from error
         _check_shapes(model, files)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -77,5 +77,5 @@ def test_a_channel_is_dropped_where_its_partner_is_always_zero_and_bad_rows_are_
     assert gate(torch.tensor([[9.0, 1.5]])).tolist() == [[0.0, 1.5]]
     with pytest.raises(BadInput, match="one shape"):
         ChannelThreshold(0.5).calibrate(torch.ones(2, 3), partner=torch.ones(3, 3))
-    with pytest.raises(BadInput, match="channels 1.5"):
+    with pytest.raises(BadInput, match=r"channels 1\.5"):
         ChannelThreshold(0.5, channels=1.5)  # type: ignore[arg-type]

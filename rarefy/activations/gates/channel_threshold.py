@@ -58,7 +58,9 @@ class ChannelThreshold(Gate):
     def calibrate(self, rows: Tensor, *, partner: Tensor | None = None) -> None:
         u = torch.ones_like(rows) if partner is None else partner
         if rows.numel() == 0 or u.shape != rows.shape or not bool(torch.isfinite(rows).all() and torch.isfinite(u).all()):
-            raise BadInput(f"calibration rows of shapes {tuple(rows.shape)} and {tuple(u.shape)}", "thresholds are found among finite values of one shape", "check the calibration data")
+            raise BadInput(
+                f"calibration rows of shapes {tuple(rows.shape)} and {tuple(u.shape)}", "thresholds are found among finite values of one shape", "check the calibration data"
+            )
         scale = u.detach().float().square().mean(0).sqrt()
         scores = (rows.detach().float().abs() * scale).flatten()
         count = max(keep_count(scores.numel(), self.density), 1)

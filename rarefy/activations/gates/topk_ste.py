@@ -65,7 +65,7 @@ class StraightTopK(Gate):
         return torch.zeros_like(blocks, dtype=torch.bool).scatter(-1, order, True).flatten(-2)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = _Straight.apply(x, self.keep(x))  # type: ignore[no-untyped-call]
+        found: Tensor = _Straight.apply(x, self.keep(x))
         return found
 
     def settings(self) -> dict[str, float]:

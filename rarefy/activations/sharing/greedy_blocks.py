@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from rarefy.activations.gates.threshold import Threshold
@@ -58,7 +57,9 @@ class GreedyBlocks(Sharing):
                     one.hidden = run_block(block, one, index)
         return {place: found.get(place, density) for place in sizes}
 
-    def _block(self, model: nn.Module, sizes: Mapping[str, int], density: float, calls: Sequence[Calls], index: int, block: nn.Module, rows: Mapping[str, Tensor]) -> dict[str, float]:
+    def _block(
+        self, model: nn.Module, sizes: Mapping[str, int], density: float, calls: Sequence[Calls], index: int, block: nn.Module, rows: Mapping[str, Tensor]
+    ) -> dict[str, float]:
         tables = {place: rows[place].abs().flatten().sort().values for place in sizes}
         gates = {place: Threshold() for place in sizes}
         wanted = [self._end(run_block(block, one, index)) for one in calls]
