@@ -33,9 +33,10 @@ def apply_gating(model: nn.Module, gating: Gating, batches: Sequence[Any], heldo
         BadInput: no batches, or the model has no place of that kind.
         Refused: the model has gates.
 
+    >>> import dataclasses
     >>> from rarefy.activations.gatings.lazy_neuron import LAZY_NEURON
     >>> model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> found = apply_gating(model, replace(LAZY_NEURON, density=0.25), [torch.randn(9, 2)], [torch.randn(9, 2)])
+    >>> found = apply_gating(model, dataclasses.replace(LAZY_NEURON, density=0.25), [torch.randn(9, 2)], [torch.randn(9, 2)])
     >>> found["gates"][0]["name"], found["density"] <= 0.25
     ('1:output', True)
     """
