@@ -33,7 +33,7 @@ def apply_gating(model: nn.Module, gating: Gating, batches: Sequence[Any], heldo
         BadInput: no batches, or the model has no place of that kind.
         Refused: the model has gates.
 
-    >>> import dataclasses
+    >>> import dataclasses, torch
     >>> from rarefy.activations.gatings.lazy_neuron import LAZY_NEURON
     >>> model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> found = apply_gating(model, dataclasses.replace(LAZY_NEURON, density=0.25), [torch.randn(9, 2)], [torch.randn(9, 2)])
