@@ -104,18 +104,20 @@ def digest(sources: list[Path]) -> str:
 
 
 def sources_of(slug: str) -> list[Path]:
-    """The files that hold the objects of a slug, and those of the parts that a recipe or a class names (a router its balance losses)."""
+    """The files that hold the objects of a slug, and those of the parts that a recipe, a gating or a class names (a router its balance losses)."""
     files = set()
     for value in papers().get(slug, []):
-        parts = [value, *_named(value)] if inspect.isclass(value) else [type(v) for v in vars(value).values() if type(v).__module__.startswith("rarefy")]
+        parts = [*([value] if inspect.isclass(value) else []), *(kind for held in vars(value).values() for kind in _kinds(held))]
         files |= {Path(inspect.getfile(p)) for p in parts if "core/records" not in inspect.getfile(p)}
     return sorted(files)
 
 
-def _named(value: type) -> list[type]:
-    held = [v for h in vars(value).values() for v in (h if isinstance(h, tuple) else (h,))]
-    kinds = [v if inspect.isclass(v) else type(v) for v in held]
-    return [kind for kind in kinds if kind.__module__.startswith("rarefy")]
+def _kinds(held: Any) -> list[type[Any]]:
+    """The classes of ours among a value's parts."""
+    if isinstance(held, tuple):
+        return [kind for each in held for kind in _kinds(each)]
+    kind = held if inspect.isclass(held) else type(held)
+    return [kind] if kind.__module__.startswith("rarefy") else []
 
 
 def write() -> None:

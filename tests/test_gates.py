@@ -414,7 +414,7 @@ def header(folder: Path, old: str, new: str) -> None:
 GATE_HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "tampered": (lambda f: plan(f, gate_entry(threshold=0.5)), "sha256 is not that of its own fields"),
     "no checksum": (lambda f: plan(f, lambda q: q.pop("sha256")), "no sha256 of itself"),
-    "unknown gate": (lambda f: seal(f, lambda q: q["gates"][DOWN].update(gate="sieve")), "known gates are threshold, topk"),
+    "unknown gate": (lambda f: seal(f, lambda q: q["gates"][DOWN].update(gate="sieve")), "known gates are channel-threshold, straight-topk, threshold, topk"),
     "negative threshold": (lambda f: seal(f, gate_entry(threshold=-0.5)), "threshold -0.5 of the gate"),
     "nan threshold": (lambda f: seal(f, gate_entry(threshold=float("nan"))), "finite numbers"),
     "text threshold": (lambda f: seal(f, gate_entry(threshold="0.1")), "finite numbers"),
@@ -503,7 +503,7 @@ def test_a_user_reaches_gates_from_the_command_line(tiny: str, tmp_path: Path, c
 @pytest.mark.parametrize(
     ("gate", "words"),
     [
-        ("sieve", "known are threshold, topk"),
+        ("sieve", "known are channel-threshold, straight-topk, threshold, topk"),
         ("topk:k=3", "has the fields density"),
         ("topk:density=2", "density 2"),
         ("threshold:threshold=-1", "finite float32"),
@@ -522,3 +522,138 @@ def test_a_gate_without_a_place_is_refused(tiny: str, tmp_path: Path, capsys: py
     from rarefy.cli.main import main
 
     assert main(["pack", tiny, "--gate", "topk", "--out", str(tmp_path / "out")]) == 2 and "--gate-at" in capsys.readouterr().err
+
+
+ACT = "model.layers.0.mlp.act_fn"
+
+
+def test_an_output_is_gated_beside_an_input_and_both_come_off() -> None:
+    model, x = mlp(), torch.randn(3, 6)
+    keys, dense = list(model.state_dict()), model(x)
+    attach_gate(model, "1:output", TopK(0.3))
+    attach_gate(model, "1", Threshold(threshold=0.1))
+    hidden = TopK(0.3)(torch.relu(Threshold(threshold=0.1)(model[0](x))))  # type: ignore[index]
+    assert torch.equal(model(x), model[2](hidden)) and list(gated(model)) == ["1", "1:output"]  # type: ignore[index]
+    assert set(model.state_dict()) - set(keys) == {"1.rarefy_input.threshold"}
+    with pytest.raises(Refused, match="one gate"):
+        attach_gate(model, "1:output", TopK())
+    again = detach_gates(model)
+    assert type(model[1]) is nn.ReLU and torch.equal(model(x), dense)  # type: ignore[index]
+    for place, gate in again.items():
+        attach_gate(model, place, gate)
+    assert torch.equal(model(x), model[2](hidden))  # type: ignore[index]
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["cats", "chess", "lazy-neuron", "q-sparse", "teal"])
+def test_every_gating_reloads_bit_for_bit(tmp_path: Path, name: str) -> None:
+    from rarefy.activations.apply import apply_gating
+    from rarefy.cli.names import gating
+
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**llama().config.to_dict(), "num_hidden_layers": 2})).eval()
+    record = apply_gating(model, gating(f"{name}:density=0.5"), BATCHES, BATCHES)
+    before = logits(model)
+    saved = save_packed(model, None, tmp_path / "out", gating=record)
+    assert saved["gating"] == json.loads((tmp_path / "out" / "pack.json").read_text())["gating"] == record
+    again = load(tmp_path / "out").model
+    assert torch.equal(logits(again), before) and list(gated(again)) == list(gated(model))
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+def output_gated(folder: Path) -> Path:
+    from rarefy.activations.gates.channel_threshold import ChannelThreshold
+
+    model = llama()
+    gate = ChannelThreshold(0.5)
+    gate.calibrate(torch.randn(50, 27))
+    attach_gate(model, ACT + ":output", gate)
+    save_packed(model, None, folder)
+    return folder
+
+
+def _one_of(q: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = q["gates"][ACT + ":output"]["settings"]
+    return found
+
+
+OUTPUT_HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "nothing packed beside": (lambda f: seal(f, lambda q: [q["layers"].pop(p) for p in list(q["layers"]) if ".mlp." in p]), "beside a gated output"),
+    "another end": (lambda f: seal(f, lambda q: q["gates"].update({ACT + ":input": q["gates"].pop(ACT + ":output")})), "letters, digits"),
+    "no such module": (lambda f: seal(f, lambda q: q["gates"].update({"model.layers.0.mlp.act:output": q["gates"].pop(ACT + ":output")})), "model.layers.0.mlp.act"),
+    "other channels": (lambda f: seal(f, lambda q: _one_of(q).update(channels=26)), "rarefy_output.threshold"),
+    "huge channels": (lambda f: seal(f, lambda q: _one_of(q).update(channels=2**40)), "channels"),
+    "half a channel": (lambda f: seal(f, lambda q: _one_of(q).update(channels=1.5)), "channels 1.5"),
+}
+
+
+@pytest.mark.parametrize("case", OUTPUT_HOSTILE)
+def test_a_hostile_output_gate_is_refused(tmp_path: Path, case: str) -> None:
+    damage, words = OUTPUT_HOSTILE[case]
+    folder = output_gated(tmp_path / "m")
+    load(folder)
+    damage(folder)
+    with pytest.raises(BadFile, match=words):
+        load(folder)
+
+
+def test_the_layers_beside_a_gated_output_are_packed_and_a_lone_one_is_refused(tmp_path: Path) -> None:
+    plan_ = json.loads((output_gated(tmp_path / "m") / "config.json").read_text())["quantization_config"]
+    assert {p.rpartition(".")[2] for p in plan_["layers"]} == {"gate_proj", "up_proj", "down_proj"}
+    model = load(tmp_path / "m").model
+    model.model.layers[0].mlp.act_fn.rarefy_output.threshold.mul_(2)
+    with pytest.raises(Refused, match="value or dtype"):
+        model.save_pretrained(tmp_path / "again")
+    norm = llama()
+    attach_gate(norm, "model.norm:output", TopK(0.5))
+    with pytest.raises(Refused, match="lies beside it"):
+        save_packed(norm, None, tmp_path / "norm")
+
+
+@pytest.fixture(scope="module")
+def two(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """As `tiny`, with two blocks."""
+    folder = tmp_path_factory.mktemp("gates") / "two"
+    shutil.copytree(tiny, folder)
+    config = transformers.AutoConfig.from_pretrained(tiny)
+    config.num_hidden_layers, config.layer_types = 2, None
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", ["cats", "teal"])
+def test_a_gating_is_reached_from_the_command_line(two: str, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import jsonschema
+
+    from rarefy.cli.main import main
+
+    tiny = two
+    text = ["--calibration", f"{tiny}/text.txt", "--calibration-tokens", "2048"]
+    assert main(["pack", tiny, "--gates", f"{name}:density=50%", *text, "--json", "--out", str(tmp_path / "out")]) == 0
+    record = json.loads(capsys.readouterr().out)
+    jsonschema.validate(record, json.loads((Path(__file__).parent.parent / "docs" / "schema" / "pack.v1.json").read_text()))
+    assert record["gating"]["density"] == pytest.approx(0.5, abs=0.05) and record["gating"]["ledger"]["mac_density"] < 1
+    assert [g["density"] for g in record["gates"]] == [{r["name"]: r["density"] for r in record["gating"]["gates"]}[g["name"]] for g in record["gates"]]
+    assert main(["eval", str(tmp_path / "out"), "--text", f"{tiny}/text.txt", "--tokens", "1024", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["perplexity"] > 1
+    assert main(["pack", tiny, "--gates", name, *text, "--out", str(tmp_path / "drawn")]) == 0
+    assert "held-out tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--gates", "sieve"], "known are cats, chess"),
+        (["--gates", "teal:step=1"], "field density"),
+        (["--gates", "teal:density=0"], "above 0"),
+        (["--gates", "teal:density=x"], "a share is a number"),
+        (["--gates", "teal", "--gate", "topk", "--gate-at", "*"], "one way"),
+    ],
+)
+def test_a_wrong_gating_is_exit_2_and_one_line(tiny: str, tmp_path: Path, more: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from rarefy.cli.main import main
+
+    assert main(["pack", tiny, *more, "--out", str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr().err
+    assert words in shown and shown.count("\n") == 1 and not (tmp_path / "out").exists()

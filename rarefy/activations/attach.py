@@ -5,16 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from rarefy.activations.rows import collect_rows
 from rarefy.core.attach import attach_gate, gated, plain_type
 from rarefy.core.errors import BadInput, Refused
 from rarefy.core.roles import Gate
-
-ROWS = 2048  # calibration rows kept per module
 
 
 def attach_gates(model: nn.Module, gate: Gate, at: Sequence[str], batches: Iterable[Mapping[str, Tensor]] = ()) -> dict[str, float | None]:
@@ -45,7 +42,7 @@ def attach_gates(model: nn.Module, gate: Gate, at: Sequence[str], batches: Itera
     paths = _matched(model, at)
     for path in set(paths) & set(gated(model)):
         raise Refused(f"module {path!r}", "an input has one gate", "detach the first one")
-    rows = _rows(model, paths, batches)
+    rows = collect_rows(model, paths, batches)
     if gate.needs_rows and not rows:
         raise BadInput(f"{gate!r}", "it is open until it is calibrated", "pass calibration batches")
     kept = {}
@@ -64,40 +61,3 @@ def _matched(model: nn.Module, at: Sequence[str]) -> list[str]:
         if not any(fnmatchcase(path, pattern) for path in found):
             raise BadInput(f"gates at {pattern!r}", "no Linear or Conv1D has such a path", f"modules are named like {found[0] if found else '(none)'!r}")
     return [path for path in found if any(fnmatchcase(path, pattern) for pattern in at)]
-
-
-def _rows(model: nn.Module, paths: Sequence[str], batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """{path: rows [R, C]}: every s-th unpadded token, at most ROWS in all."""
-    given = list(batches)
-    if not given:
-        return {}
-    tokens = sum(next(iter(batch.values())).numel() for batch in given)
-    seen: dict[str, list[Tensor]] = {path: [] for path in paths}
-    valid: dict[str, Any] = {"mask": None}
-
-    def listen(path: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach()
-            mask = valid["mask"]
-            x = x[mask] if mask is not None and x.shape[:2] == mask.shape else x.reshape(-1, x.shape[-1])
-            seen[path].append(x[:: -(-tokens // ROWS)].clone())
-
-        return hook
-
-    hooks = [model.get_submodule(path).register_forward_pre_hook(listen(path)) for path in paths]
-    was = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in given:
-                mask = batch.get("attention_mask")
-                valid["mask"] = None if mask is None else mask.bool()
-                model(**batch)
-    finally:
-        model.train(was)
-        for hook in hooks:
-            hook.remove()
-    for path, found in seen.items():
-        if not sum(x.shape[0] for x in found):
-            raise BadInput(f"the input of {path}", "no calibration token reached it", "calibrate with batches that reach every gated module")
-    return {path: torch.cat(found) for path, found in seen.items()}

@@ -10,9 +10,9 @@ from typing import Any
 
 from rarefy import catalogue
 from rarefy.core import roles
-from rarefy.core.discover import methods, recipes, train_recipes
+from rarefy.core.discover import gatings, methods, recipes, train_recipes
 from rarefy.core.errors import RarefyError
-from rarefy.core.records import Paper, Phase, Recipe, TrainRecipe
+from rarefy.core.records import Gating, Paper, Phase, Recipe, TrainRecipe
 from rarefy.surgery.adapters import Adaptation
 
 ROLES = (
@@ -28,6 +28,9 @@ ROLES = (
     roles.Choice,
     roles.Overflow,
     roles.Balance,
+    roles.Gate,
+    roles.Places,
+    roles.Sharing,
     roles.Task,
     Adaptation,
 )
@@ -61,6 +64,10 @@ def generate() -> str:
         phases = trained.phases(DENSITY, STEPS)
         words = "; then ".join(_phase(phase, trained) for phase in phases)
         lines += _section(name, words, [trained, trained.allocation, *(part for phase in phases for part in _phase_parts(phase))], evidence)
+    lines += ["## Gatings", ""]
+    for name, gating in gatings().items():
+        words = "; ".join(f"`{places}` with `{gate.__name__}`" for places, gate in gating.parts)
+        lines += _section(name, f"{words}; `{gating.sharing}`, density {gating.density} unless another is asked", [gating, *_gating_parts(gating)], evidence)
     lines += ["## Parts, by role", ""]
     for role in ROLES:
         lines += [f"### {role.__name__}", ""]
@@ -83,7 +90,7 @@ def _section(name: str, composition: str, members: Iterable[Any], evidence: dict
 def _facts(member: Any, evidence: dict[str, Any]) -> Iterator[str]:
     """Lines on one recipe or part: equation and source from its docstring, title, deviations and evidence by its paper."""
     kind = member if inspect.isclass(member) else type(member)
-    document = "" if isinstance(member, (Recipe, TrainRecipe)) else inspect.getdoc(kind) or ""
+    document = "" if isinstance(member, (Recipe, TrainRecipe, Gating)) else inspect.getdoc(kind) or ""
     paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", document)]
     for paragraph in paragraphs:
         if paragraph.startswith("``"):
@@ -102,6 +109,10 @@ def _facts(member: Any, evidence: dict[str, Any]) -> Iterator[str]:
 def _once_parts(recipe: Recipe) -> list[Any]:
     rating = getattr(recipe.solver, "criterion", None)
     return [recipe.solver, *([rating] if rating is not None else []), recipe.allocation, recipe.pattern]
+
+
+def _gating_parts(gating: Gating) -> list[Any]:
+    return [part for pair in gating.parts for part in pair] + [gating.sharing]
 
 
 def _phase_parts(phase: Phase) -> list[Any]:

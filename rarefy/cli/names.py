@@ -6,9 +6,9 @@ import dataclasses
 import math
 from typing import Any
 
-from rarefy.core.discover import part, pick, recipes
+from rarefy.core.discover import gatings, part, pick, recipes
 from rarefy.core.errors import BadInput
-from rarefy.core.records import Recipe
+from rarefy.core.records import Gating, Recipe
 from rarefy.core.roles import Allocation, Criterion
 from rarefy.weights.patterns import parse_pattern
 from rarefy.weights.solvers.keep import Keep
@@ -31,6 +31,23 @@ def recipe(name: str, *, criterion: str | None = None, allocation: str | None = 
     if pattern is not None:
         changes["pattern"] = parse_pattern(pattern)
     return dataclasses.replace(found, **changes) if changes else found
+
+
+def gating(text: str) -> Gating:
+    """The gating of that name, with another density after a colon.
+
+    >>> gating("teal:density=0.4").density
+    0.4
+    """
+    name, _, options = text.partition(":")
+    found: Gating = pick(gatings(), name, "gating")
+    field, _, value = options.partition("=")
+    if options and field != "density":
+        raise BadInput(f"gating {text!r}", "a gating has the field density", f"pass for example {name}:density=0.5")
+    density = share(value) if options else found.density
+    if not 0 < density <= 1:
+        raise BadInput(f"density {value}", "a density lies above 0 and is at most 1", f"pass for example {name}:density=0.5")
+    return dataclasses.replace(found, density=density)
 
 
 def share(text: str) -> float:

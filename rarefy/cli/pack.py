@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rarefy.activations.apply import apply_gating
 from rarefy.activations.attach import attach_gates
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed
@@ -16,6 +17,7 @@ from rarefy.cli.main import app
 from rarefy.cli.output import line, megabytes, show, text
 from rarefy.cli.prune import need_tokenizer
 from rarefy.core.errors import BadInput
+from rarefy.core.records import Gating
 from rarefy.core.roles import Gate
 from rarefy.hub.atomic import check_target
 from rarefy.hub.cache import cache_dir
@@ -23,7 +25,11 @@ from rarefy.hub.packed import save_packed
 from rarefy.hub.text import calibration_batches
 from rarefy.runtime.choose import Chooser
 
-EPILOG = "Examples:  rarefy pack half --out half-packed   ·   rarefy pack half --gate threshold:density=0.5 --gate-at '*.mlp.down_proj' --out gated"
+EPILOG = (
+    "Examples:  rarefy pack half --out half-packed   ·   rarefy pack half --gates teal:density=0.5 --out gated   ·   "
+    "rarefy pack half --gate threshold:density=0.5 --gate-at '*.mlp.down_proj' --out gated"
+)
+HELDOUT = 4  # one calibration window of so many is kept back, to measure a gating on
 
 
 @app.command(epilog=EPILOG)
@@ -36,6 +42,7 @@ def pack(
     batch: Annotated[str, typer.Option(help="With --layout auto: rows of x to be fast at, e.g. 1,64.")] = "1",
     gate: Annotated[str | None, typer.Option(help="Zero small activations in every forward: topk:density=0.5 or threshold:density=0.5.")] = None,
     gate_at: Annotated[list[str] | None, typer.Option(help="Gate the inputs of the modules that match this glob; may be repeated.")] = None,
+    gates: Annotated[str | None, typer.Option(help="A published way to gate the whole model: teal:density=0.5, cats, chess, q-sparse or lazy-neuron.")] = None,
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = 8192,
     seed: Seed = 0,
@@ -47,17 +54,32 @@ def pack(
     check_target(Path(out), force=force)
     if (gate is None) != (not gate_at):
         raise BadInput("--gate and --gate-at", "one says which gate, the other where", "pass both, for example --gate topk:density=0.5 --gate-at '*.mlp.down_proj'")
-    chosen = None if gate is None else names.part(Gate, gate)
+    if gate is not None and gates is not None:
+        raise BadInput("--gate and --gates", "a model is gated in one way", "pass one of them")
+    chosen, whole = None if gate is None else names.part(Gate, gate), None if gates is None else names.gating(gates)
     loaded = load(model, device=device)
     need_plain(loaded)
+    batches = [] if gate is gates is None else calibration_batches(need_tokenizer(loaded), calibration_tokens, window(loaded), seed, calibration)
     kept: dict[str, float | None] = {}
+    measured = None
     if chosen is not None:
-        batches = calibration_batches(need_tokenizer(loaded), calibration_tokens, window(loaded), seed, calibration)
         kept = attach_gates(loaded.model, chosen, gate_at or (), batches)
+    elif whole is not None:
+        measured = _apply(loaded.model, whole, batches)
+        kept = {row["name"]: row["density"] for row in measured["gates"]}
     chosen_layout = Chooser(_batches(batch), cache_dir() / "layouts.json") if layout == "auto" else layout
-    record = save_packed(loaded.model, loaded.tokenizer, out, chosen_layout, force=force)
-    gates = [{**entry, "density": kept[entry["name"]]} for entry in record["gates"]]
-    show({**record, "gates": gates, "model": model, "out": out}, as_json, _draw)
+    record = save_packed(loaded.model, loaded.tokenizer, out, chosen_layout, force=force, gating=measured)
+    shown = [{**entry, "density": kept.get(entry["name"])} for entry in record["gates"]]
+    show({**record, "gates": shown, "model": model, "out": out}, as_json, _draw)
+
+
+def _apply(model: Any, gating: Gating, batches: list[Any]) -> dict[str, Any]:
+    """Calibrated on three windows of four, measured on the others."""
+    if len(batches) < 2:
+        raise BadInput("one window of calibration text", "a gating is calibrated on some tokens and measured on others", "ask for more --calibration-tokens")
+    heldout = batches[HELDOUT - 1 :: HELDOUT] or batches[-1:]
+    seen = {id(batch) for batch in heldout}
+    return apply_gating(model, gating, [batch for batch in batches if id(batch) not in seen], heldout)
 
 
 def _batches(text: str) -> tuple[int, ...]:
@@ -71,5 +93,10 @@ def _draw(r: dict[str, Any]) -> None:
     line(f"{r['packed']} of {len(r['sites'])} matrices packed: {megabytes(r['bytes_dense'])} became {megabytes(r['bytes_stored'])}; written to {r['out']}")
     for reason, count in Counter(s["dense_because"] for s in r["sites"] if s["dense_because"]).most_common(3):
         line(f"{count} stay dense: {reason}")
+    of = "calibration" if "gating" not in r else "held-out"
     for gate in r["gates"]:
-        line(f"gate {gate['gate']} on {gate['name']}: {text(gate['density'])} of its calibration activations stay")
+        line(f"gate {gate['gate']} on {gate['name']}: {text(gate['density'])} of its {of} activations stay")
+    if "gating" in r:
+        gating, ledger = r["gating"], r["gating"]["ledger"]
+        line(f"{gating['gating']}: density {text(gating['density'])} where {text(gating['density_requested'])} was asked, measured on {ledger['tokens']} held-out tokens")
+        line(f"a token takes {ledger['macs_executed']:.4g} multiply-adds of all matrices' {ledger['macs']:.4g}: {text(ledger['mac_density'])}")

@@ -1,7 +1,8 @@
 """Views on weights and gates on activations: the host's class is swapped, its state-dict keys stay.
 
 A view takes the host's `op` for exact Linear, Conv and Embedding, a forward-scoped shadow otherwise; a gate sees the
-first positional argument of the host's forward.
+first positional argument of the host's forward (its place is the module's path) or the tensor that it returns
+(its place is `path:output`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from rarefy.core.roles import Gate, View
 
 Map = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 PREFIX = "rarefy_"
-_GATE = "rarefy_input"
+OUTPUT = ":output"
+_ENDS = {"": "rarefy_input", OUTPUT: "rarefy_output"}  # the end of a place: the child that holds its gate
 
 
 def _linear(host: Any) -> Map:
@@ -38,10 +40,15 @@ _MAPS: dict[type[nn.Module], Callable[[Any], Map]] = {nn.Linear: _linear, nn.Emb
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    base, held = type(self)._rarefy_base, self.__dict__["_rarefy_held"]
-    gate = self._modules.get(_GATE)
+    gate, after = self._modules.get("rarefy_input"), self._modules.get("rarefy_output")
     if gate is not None:
         args = (gate(args[0]), *args[1:])
+    found = _ungated(self, *args, **kwargs)
+    return found if after is None else after(found)
+
+
+def _ungated(self: Any, *args: Any, **kwargs: Any) -> Any:
+    base, held = type(self)._rarefy_base, self.__dict__["_rarefy_held"]
     if base in _MAPS and list(held) == ["weight"]:
         (view,) = held["weight"]
         weight, bias, apply = self._parameters["weight"], self._parameters.get("bias"), _MAPS[base](self)
@@ -67,7 +74,7 @@ def _host(module: Any) -> dict[str, tuple[View]]:
 
 
 def _release(module: Any) -> None:
-    if hasattr(type(module), "_rarefy_base") and not module.__dict__["_rarefy_held"] and _GATE not in module._modules:
+    if hasattr(type(module), "_rarefy_base") and not module.__dict__["_rarefy_held"] and not set(_ENDS.values()) & set(module._modules):
         del module.__dict__["_rarefy_held"]
         module.__class__ = type(module)._rarefy_base
 
@@ -127,36 +134,45 @@ def detach(model: nn.Module) -> dict[str, View]:
     return found
 
 
-def attach_gate(model: nn.Module, path: str, gate: Gate) -> None:
+def split_place(place: str) -> tuple[str, str]:
+    """The module's path and the child that holds its gate: of `mlp.act_fn:output`, `mlp.act_fn` and `rarefy_output`."""
+    path, end = (place.removesuffix(OUTPUT), OUTPUT) if place.endswith(OUTPUT) else (place, "")
+    return path, _ENDS[end]
+
+
+def attach_gate(model: nn.Module, place: str, gate: Gate) -> None:
     """Let the module at `path` see `gate(x)` where its forward was given `x`, its first positional argument.
 
-    The gate is the child `rarefy_input` of the module, so state-dict keys are only added. It belongs to the module, not
+    With the place `path:output` it is the tensor that the module returns that is gated. The gate is the child
+    `rarefy_input` or `rarefy_output` of the module, so state-dict keys are only added. It belongs to the module, not
     to the tensor: a module that shares its weight is not gated with it.
 
     Raises:
         BadInput: no such module.
-        Refused: it has a gate already.
+        Refused: there is a gate already.
     """
+    path, child = split_place(place)
     module = dict(model.named_modules()).get(path)
     if module is None:
         raise BadInput(f"module {path!r}", "a gate is attached to a module of the model", "take a name from model.named_modules()")
-    if _GATE in module._modules:
-        raise Refused(f"module {path!r}", "an input has one gate", "detach the first one")
+    if child in module._modules:
+        raise Refused(f"module {place!r}", "a place has one gate", "detach the first one")
     _host(module)
-    module.add_module(_GATE, gate)
+    module.add_module(child, gate)
 
 
 def gated(model: nn.Module) -> dict[str, Gate]:
-    """{path: gate} of every gate in the model."""
-    return {path: gate for path, module in model.named_modules() if isinstance(gate := module._modules.get(_GATE), Gate)}
+    """{place: gate} of every gate in the model; a place is a module's path, for its input, or `path:output`."""
+    return {path + end: gate for path, module in model.named_modules() for end, child in _ENDS.items() if isinstance(gate := module._modules.get(child), Gate)}
 
 
 def detach_gates(model: nn.Module) -> dict[str, Gate]:
-    """Take every gate off: {path: gate} to attach again. The classes are as before."""
+    """Take every gate off: {place: gate} to attach again. The classes are as before."""
     found = gated(model)
-    for path in found:
+    for place in found:
+        path, child = split_place(place)
         module = model.get_submodule(path)
-        del module._modules[_GATE]
+        del module._modules[child]
         _release(module)
     return found
 

@@ -15,10 +15,10 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from rarefy.core.errors import BadInput, MissingExtra
-from rarefy.core.records import Recipe, TrainRecipe
+from rarefy.core.records import Gating, Recipe, TrainRecipe
 
 T = TypeVar("T")
-V = TypeVar("V", Recipe, TrainRecipe)
+V = TypeVar("V", Recipe, TrainRecipe, Gating)
 ENTRY_POINT_GROUP = "rarefy.plugins"
 ROOMS = ("layouts", "weights", "experts", "activations", "surgery", "runtime", "recipes", "tasks", "probes")
 _plugins: list[ModuleType] = []
@@ -85,6 +85,11 @@ def train_recipes() -> dict[str, TrainRecipe]:
     return _values(TrainRecipe)
 
 
+def gatings() -> dict[str, Gating]:
+    """{name: value} of every gating that a module defines."""
+    return _values(Gating)
+
+
 def _values(kind: type[V]) -> dict[str, V]:
     found = {v.name: v for m in (*modules(), *_plugins) for v in vars(m).values() if isinstance(v, kind)}
     return dict(sorted(found.items()))
@@ -103,7 +108,7 @@ def papers() -> dict[str, list[Any]]:
     for module in (*modules(), *_plugins):
         for value in vars(module).values():
             own = inspect.isclass(value) and value.__module__ == module.__name__
-            paper = getattr(value, "paper", None) if own or isinstance(value, (Recipe, TrainRecipe)) else None
+            paper = getattr(value, "paper", None) if own or isinstance(value, (Recipe, TrainRecipe, Gating)) else None
             if paper is not None and value not in found.setdefault(paper.slug, []):
                 found[paper.slug].append(value)
     return dict(sorted(found.items()))

@@ -206,6 +206,17 @@ class TrainRecipe:
 
 
 @dataclass(frozen=True)
+class Gating:
+    """Activation gates as a value: {which places: which gate of a density}, and how one density is shared over the places."""
+
+    name: str
+    parts: tuple[tuple[Any, Callable[[float], Any]], ...]
+    sharing: Any
+    density: float = 0.5
+    paper: Paper | None = None
+
+
+@dataclass(frozen=True)
 class Context:
     """What a router may need besides x. Row-aligned tensors lead with R; `live` [E] marks routable experts."""
 

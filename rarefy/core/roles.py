@@ -226,7 +226,14 @@ class Bank(nn.Module):
 
 
 class Gate(nn.Module, Role):
-    """The same activations x [..., C] with exact zeros: x where `keep(x)`, 0 elsewhere, and so is the gradient. Without arguments a gate is open."""
+    """The same activations x [..., C] with exact zeros: x where `keep(x)`, 0 elsewhere. Without arguments a gate is open.
+
+    So is the gradient, unless the class is `straight`: then it passes everywhere. `stored` names the tensors that
+    `settings` do not determine: they come from the files alone, where the plan seals them.
+    """
+
+    straight: ClassVar[bool] = False
+    stored: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def keep(self, x: Tensor) -> Tensor:
@@ -246,6 +253,20 @@ class Gate(nn.Module, Role):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.where(self.keep(x), x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+class Places(Role):
+    """Where a model is gated: the keys that `rarefy.core.attach.attach_gate` takes, found by watching one forward of a batch."""
+
+    @abstractmethod
+    def find(self, model: nn.Module, batch: Any) -> tuple[str, ...]: ...
+
+
+class Sharing(Role):
+    """One density over many places: {place: its own density}, with a mean over `sizes` (multiply-adds a token behind each place) that is the asked one."""
+
+    @abstractmethod
+    def densities(self, model: nn.Module, sizes: Mapping[str, int], density: float, batches: Sequence[Any]) -> dict[str, float]: ...
 
 
 class Matrix(Protocol):

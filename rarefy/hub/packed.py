@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rarefy.core.attach import attach_gate, gated, plain_type, viewed
+from rarefy.core.attach import OUTPUT, attach_gate, gated, plain_type, viewed
 from rarefy.core.errors import BadInput, MissingExtra, Refused
 from rarefy.core.roles import Matrix
 from rarefy.hub.atomic import atomic_folder
 from rarefy.hub.export import plain_config
-from rarefy.hub.plan import DTYPES, Layer, Plan, edit_dict, gate_dict
+from rarefy.hub.plan import DTYPES, Layer, Plan, beside, edit_dict, gate_dict
 from rarefy.hub.tensors import INDEX, Stored, digest, read_json, stored
 from rarefy.layouts import LAYOUTS
 from rarefy.layouts.flat import Flat
@@ -115,13 +115,23 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def save_packed(model: Any, tokenizer: Any, out: str | Path, layout: str | Chooser = "bitmask", *, force: bool = False, max_shard_size: str | int = "50GB") -> dict[str, Any]:
+def save_packed(
+    model: Any,
+    tokenizer: Any,
+    out: str | Path,
+    layout: str | Chooser = "bitmask",
+    *,
+    force: bool = False,
+    max_shard_size: str | int = "50GB",
+    gating: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Save a transformers model with its sparse layers packed, its gates and its edits; the model itself is left as it was.
 
     A Linear or Conv1D is packed where that is smaller than the dense tensor. A gated one is packed in any case, `flat`
     where nothing is smaller, so that transformers without rarefy cannot run it dense. The others stay dense, and the
     record says why. With a `Chooser` in place of a layout's name, each matrix is stored in the lossless layout that is
     fastest on this machine, and stays dense where the dense product is.
+    `gating` is what `rarefy.activations.apply.apply_gating` measured, to be kept in the record.
 
     Returns:
         The record: layout, bytes before and after, gates, edits, and per site its density, layout, bytes, relative error and the reason where it stays dense.
@@ -143,10 +153,14 @@ def save_packed(model: Any, tokenizer: Any, out: str | Path, layout: str | Choos
         raise Refused(f"the view on {key}", "a folder holds plain weights", "save inside `with exported(model)`")
     gates, layers, packed, sites = gated(model), {}, {}, []
     for path, module in _matrices(model):
-        layer, data, site = _pack(path, module, layout, path in gates, _shared(model, module))
+        must = path in gates or any(place.endswith(OUTPUT) and beside(place, path) for place in gates)
+        layer, data, site = _pack(path, module, layout, must, _shared(model, module))
         sites.append(site)
         if layer is not None:
             layers[path], packed[f"{path}.weight"] = layer, data
+    for place in gates:
+        if place.endswith(OUTPUT) and not any(beside(place, path) for path in layers):
+            raise Refused(f"the gate on {place}", "no Linear or Conv1D lies beside it that would keep others from running it dense", "detach the gate")
     plan = Plan(layers, edits(model), gates)
     rebuilds(model, plan)
     record = {
@@ -157,6 +171,7 @@ def save_packed(model: Any, tokenizer: Any, out: str | Path, layout: str | Choos
         "gates": [{"name": path, **gate_dict(gate)} for path, gate in gates.items()],
         "edits": [edit_dict(edit) for edit in plan.edits],
         "sites": sites,
+        **({} if gating is None else {"gating": dict(gating)}),
     }
     try:
         with atomic_folder(Path(out), force=force) as draft:
@@ -193,12 +208,13 @@ def _write(model: Any, draft: Path, packed: dict[str, Tensor], max_shard_size: s
 def _matrices(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The sites that can be packed, and every gated module besides."""
     paths = [site.module for site in find_sites(model)]
-    for path in dict.fromkeys([*paths, *gated(model)]):
+    inputs = [place for place in gated(model) if not place.endswith(OUTPUT)]
+    for path in dict.fromkeys([*paths, *inputs]):
         module = model.get_submodule(path)
         if packed_kind(module) is not None:
             yield path, module
-        elif path in gated(model):
-            raise Refused(f"the gate on {path}", f"a plan can gate a Linear or a Conv1D, not a {plain_type(module).__name__}", "detach the gate")
+        elif path in inputs:
+            raise Refused(f"the gate on {path}", f"a plan can gate the input of a Linear or a Conv1D, not of a {plain_type(module).__name__}", "detach the gate")
 
 
 def _shared(model: nn.Module, module: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rarefy.core.attach import OUTPUT
 from rarefy.core.discover import methods
 from rarefy.core.errors import BadFile, BadInput
 from rarefy.core.roles import Gate
@@ -57,7 +58,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a folder differs in from its config: {path: packed layer}, edits in order, {path: gate}, {key of a tensor in the files: its seal}."""
+    """What a folder differs in from its config: {path: packed layer}, edits in order, {place: gate}, {key of a tensor in the files: its seal}."""
 
     layers: Mapping[str, Layer] = field(default_factory=dict)
     edits: tuple[Narrow, ...] = ()
@@ -114,7 +115,7 @@ def parse(fields: Mapping[str, Any]) -> Plan:
     plan = Plan(
         {path: _layer(_path(path), entry) for path, entry in fields.get("layers", {}).items()},
         tuple(_edit(entry) for entry in fields.get("edits", [])),
-        {path: _gate(_path(path), entry) for path, entry in fields.get("gates", {}).items()},
+        {place: _gate(_place(place), entry) for place, entry in fields.get("gates", {}).items()},
         {key: _sha(_path(key), entry) for key, entry in fields.get("tensors", {}).items()},
     )
     _check_own(plan, fields)
@@ -129,9 +130,22 @@ def _check_own(plan: Plan, fields: Mapping[str, Any]) -> None:
         raise BadFile("the plan in config.json", "its sha256 is not that of its own fields", "the file was damaged or edited; write it again")
     if (plan.edits or plan.gates) and not plan.tensors:
         raise BadFile("the plan in config.json", "with edits or gates it lists a sha256 of every tensor", _AGAIN)
-    for path in plan.gates:
-        if path not in plan.layers:
-            raise BadFile(f"the gate on {path}", "a gated layer is stored packed, so that nobody runs it dense", _AGAIN)
+    for place in plan.gates:
+        if place.endswith(OUTPUT) and not any(beside(place, path) for path in plan.layers):
+            raise BadFile(f"the gate on {place}", "beside a gated output a layer is stored packed, so that nobody runs it dense", _AGAIN)
+        if not place.endswith(OUTPUT) and place not in plan.layers:
+            raise BadFile(f"the gate on {place}", "a gated layer is stored packed, so that nobody runs it dense", _AGAIN)
+
+
+def beside(place: str, path: str) -> bool:
+    """Whether the layer at `path` has the parent of the module whose output is gated at `place`, or is that module."""
+    gated = place.removesuffix(OUTPUT)
+    return path == gated or path.rpartition(".")[0] == gated.rpartition(".")[0]
+
+
+def _place(place: Any) -> str:
+    _path(place.removesuffix(OUTPUT) if isinstance(place, str) else place)
+    return str(place)
 
 
 def _path(path: Any) -> str:

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 
 from rarefy.core.attach import PREFIX, attach_gate, gated
 from rarefy.core.errors import BadFile, BadInput
+from rarefy.core.roles import Gate
 from rarefy.hub.packed import matrix, packed_kind, replace, unchanged
 from rarefy.hub.plan import METHOD, Layer, Plan, parse
 from rarefy.hub.tensors import check_folder, headers, stored
@@ -63,8 +64,11 @@ class RarefyQuantizer(HfQuantizer):
             module, kind = _module(model, path, layer)
             packed = torch.empty(layer.bytes, dtype=torch.uint8, device=module.weight.device)
             replace(model, path, kind(layer, packed, module.bias))
-        for path, gate in plan.gates.items():
-            attach_gate(model, path, copy.deepcopy(gate))
+        for place, gate in plan.gates.items():
+            try:
+                attach_gate(model, place, copy.deepcopy(gate))
+            except BadInput as error:
+                raise BadFile(f"the gate on {place}", "the model has no such module", "write the folder again") from error
         _check_shapes(model, files)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -97,10 +101,10 @@ class RarefyQuantizer(HfQuantizer):
         return False
 
 
-def _same(live: nn.Module, planned: nn.Module) -> bool:
-    """Whether two gates agree in every tensor, in the dtype that the live one was loaded in."""
+def _same(live: Gate, planned: Gate) -> bool:
+    """Whether two gates agree in every tensor that settings determine, in the dtype that the live one was loaded in."""
     mine, theirs = live.state_dict(), planned.state_dict()
-    return all(torch.equal(mine[key].cpu(), theirs[key].to(mine[key].dtype)) for key in theirs)
+    return all(torch.equal(mine[key].cpu(), theirs[key].to(mine[key].dtype)) for key in theirs if key not in planned.stored)
 
 
 def _module(model: nn.Module, path: str, layer: Layer) -> tuple[Any, Any]:

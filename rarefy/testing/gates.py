@@ -19,8 +19,8 @@ def _bits(x: Tensor) -> Tensor:
     return x.detach().contiguous().view(torch.int32)
 
 
-def _calibrated(part: Gate) -> tuple[Gate, Tensor]:
-    rows = figures.weight(64, 24)
+def _calibrated(part: Gate, width: int = 24) -> tuple[Gate, Tensor]:
+    rows = figures.weight(64, width)
     gate = copy.deepcopy(part)
     gate.calibrate(rows)
     return gate, rows
@@ -36,8 +36,8 @@ def without_arguments_it_is_open_bit_for_bit(part: Gate) -> None:
 
 @contract(Gate)
 def what_it_keeps_is_unchanged_and_the_rest_is_zero(part: Gate) -> None:
-    gate, _ = _calibrated(part)
     for shape in SHAPES:
+        gate, _ = _calibrated(part, shape[-1])
         x = figures.weight(*shape) if 0 not in shape else torch.zeros(shape)
         kept, y = gate.keep(x), gate(x)
         assert kept.dtype == torch.bool and kept.shape == x.shape and y.shape == x.shape, f"{part!r}: shape {tuple(kept.shape)} of {shape}"
@@ -57,7 +57,8 @@ def the_gradient_passes_where_it_keeps(part: Gate) -> None:
     gate, rows = _calibrated(part)
     x, upstream = rows.clone().requires_grad_(), figures.weight(*rows.shape, seed=1)
     gate(x).backward(upstream)
-    assert x.grad is not None and torch.equal(x.grad, upstream * gate.keep(rows)), f"{part!r}: the gradient is not the upstream one where kept and 0 elsewhere"
+    wanted = upstream if gate.straight else upstream * gate.keep(rows)
+    assert x.grad is not None and torch.equal(x.grad, wanted), f"{part!r}: the gradient is not the upstream one {'everywhere' if gate.straight else 'where kept and 0 elsewhere'}"
 
 
 @contract(Gate)
@@ -72,8 +73,12 @@ def forward_changes_no_state(part: Gate) -> None:
 def settings_and_state_build_it_again(part: Gate) -> None:
     gate, rows = _calibrated(part)
     again = type(part)(**json.loads(json.dumps(gate.settings())))
-    assert torch.equal(again(rows), gate(rows)), f"{part!r} is not rebuilt by {gate.settings()}"
-    loaded = copy.deepcopy(part)
+    told = {k for k in gate.state_dict() if k not in gate.stored}
+    assert all(torch.equal(again.state_dict()[k], gate.state_dict()[k]) for k in told), f"{part!r}: the settings do not give {sorted(told)}"
+    assert gate.stored or torch.equal(again(rows), gate(rows)), f"{part!r} is not rebuilt by {gate.settings()}"
+    again.load_state_dict(gate.state_dict())
+    assert torch.equal(again(rows), gate(rows)), f"{part!r} is not rebuilt by {gate.settings()} and its state dict"
+    loaded = again if gate.stored else copy.deepcopy(part)
     loaded.load_state_dict(gate.state_dict())
     assert torch.equal(loaded(rows), gate(rows)), f"{part!r} is not rebuilt by its state dict"
 

@@ -1,0 +1,1 @@
+"""Published ways to gate activations, as values."""

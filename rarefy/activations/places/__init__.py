@@ -1,0 +1,1 @@
+"""Where gates go: one idea per file."""

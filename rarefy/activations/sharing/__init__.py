@@ -1,0 +1,1 @@
+"""How one density is shared over places: one idea per file."""
