@@ -10,7 +10,8 @@ import torch
 from rarefy.cli.main import main
 from rarefy.core.errors import BadInput
 from rarefy.probes import bench as probe
-from rarefy.probes.bench import PEERS, Contestant, Subject, bench
+from rarefy.probes.bench import PEERS, Contestant, Subject, Work, bench
+from rarefy.probes.roofline import roofline
 
 SMALL = {"memory": 200_000, "rounds": 5}
 
@@ -23,33 +24,34 @@ def short(monkeypatch):
 def test_every_layout_against_every_peer():
     subjects = [Subject("bitmask"), Subject("csr"), Subject("block", "block:4x1"), Subject("n_m", "2:4"), Subject("int4")]
     record = bench(subjects, [(12, 64)], [0.5], [1, 9], list(PEERS), **SMALL)
-    assert len(record["rows"]) == 5 * 2 * 3 and record["summary"]["wrong"] == 0
-    for row in record["rows"]:
-        low, high = row["ratio_spread"]
-        assert 0 < low <= row["ratio"] <= high and row["us"] > 0 and row["threads"] == torch.get_num_threads()
+    assert len(record) == 5 * 2 * 4
+    for row in record:
+        assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"] and row["ours_us"] > 0
+        assert 0 <= row["max_abs_err"] < (1e-3 if row["layout"] != "int4" else 1) and 0 < row["roofline"] < 2 and row["threads"] == torch.get_num_threads()
         assert row["density"] == pytest.approx(0.5, abs=0.01)
         assert "may lie in cache" in row["warning"]
 
 
 def test_ratio_is_the_peer_over_the_layout():
-    figures = probe._figures([1e-6, 2e-6, 4e-6], [3e-6, 3e-6, 3e-6], 8000)
-    assert figures["ratio"] == pytest.approx(1.5) and figures["ratio_spread"] == pytest.approx([0.75, 3.0])
-    assert figures["us"] == pytest.approx(2.0) and figures["gb_per_s"] == pytest.approx(4.0)
+    figures = probe._figures([1e-6, 2e-6, 4e-6], [3e-6, 3e-6, 3e-6], Work(8000, 0, 0))
+    assert figures["ratio"] == pytest.approx(1.5) and [figures["ratio_min"], figures["ratio_max"]] == pytest.approx([0.75, 3.0])
+    assert figures["ours_us"] == pytest.approx(2.0) and figures["gb_per_s"] == pytest.approx(4.0)
+    assert figures["roofline"] == pytest.approx(4e9 / roofline().bytes_per_s)
 
 
 @pytest.mark.parametrize("broken", ["peer", "layout"])
 def test_no_speed_behind_a_wrong_result(monkeypatch, capsys, broken):
     if broken == "peer":
-        monkeypatch.setitem(PEERS, "torch", lambda weight: lambda x: x @ weight.t() * 1.001)
+        monkeypatch.setitem(PEERS, "torch-dense", lambda weight: lambda x: x @ weight.t() * 1.001)
     else:
         matrix = type(probe.LAYOUTS["csr"].matrix(probe.LAYOUTS["csr"].pack(torch.eye(4)), (4, 4), torch.float32))
         right = matrix.linear
         monkeypatch.setattr(matrix, "linear", lambda self, x, bias=None: right(self, x, bias) * 1.001)
     arguments = ["bench", "--layout", "csr", "--shape", "8x64", "--memory", "100000", "--rounds", "5", "--json"]
     assert main(arguments) == 1
-    for row in json.loads(capsys.readouterr().out)["rows"]:
-        wrong = row["peer"] == "torch" or broken == "layout"
-        assert (row["ratio"] is None) == wrong and (row["us"] is None) == wrong
+    for row in json.loads(capsys.readouterr().out):
+        wrong = row["peer"] == "torch-dense" or broken == "layout"
+        assert (row["ratio"] is None) == wrong and (row["ours_us"] is None) == wrong
         assert ("result is wrong" in row["warning"]) == wrong
 
 

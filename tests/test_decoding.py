@@ -1,49 +1,186 @@
-"""The race of whole models: figures that add up, perplexity by the engine's own arithmetic, refusals."""
+"""The race of whole models: figures that add up, perplexity by the engine's own arithmetic, refusals, each engine against transformers."""
 
 from __future__ import annotations
 
 import copy
 import math
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from rarefy.core.errors import BadInput
+from rarefy.core.errors import BadFile, BadInput, RarefyError
 from rarefy.hub.load import Loaded
+from rarefy.hub.packed import save_packed
 from rarefy.kernels.library import native
-from rarefy.probes.decoding import WINDOW, Runner, race
+from rarefy.probes.decoding import WINDOW, _dominates, race
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.skipif(native() is None, reason="the native kernels were not built here")
+from rarefy.probes.racers import llama_cpp, racer  # noqa: E402
+from rarefy.probes.racers.hosted import Hosted, hosted  # noqa: E402
+from rarefy.probes.racers.torch_int4 import Int4Linear, use_torch_int4  # noqa: E402
+
+needs_native = pytest.mark.skipif(native() is None, reason="the native kernels were not built here")
+IDS = torch.randint(1, 61, (2 * WINDOW + 7,), generator=torch.Generator().manual_seed(0))
 
 
-def llama() -> Loaded:
+def llama(hidden: int = 32) -> Loaded:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"vocab_size": 61, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, max_position_embeddings=512, initializer_range=0.3)).eval()
     return Loaded(model, None, Path(), "tiny")
 
 
+def copied(loaded: Loaded) -> Loaded:
+    return Loaded(copy.deepcopy(loaded.model), None, Path(), "tiny")
+
+
+@needs_native
 def test_a_race_of_one_model_in_two_engines() -> None:
     loaded = llama()
-    runners = [Runner.of("plain", Loaded(copy.deepcopy(loaded.model), None, Path(), "tiny"), "transformers"), Runner.of("ours", loaded)]
-    heldout = torch.randint(1, 61, (2 * WINDOW + 7,))
-    record = race(runners, torch.randint(1, 61, (1, 5)), heldout, tokens=3, rounds=5)
-    plain, ours = record["rows"]
-    assert plain["ratio"] == 1 and plain["ratio_spread"] == [1, 1] and ours["peer"] == "plain"
-    assert ours["ratio_spread"][0] <= ours["ratio"] <= ours["ratio_spread"][1]
+    racers = [hosted("plain", copied(loaded), "transformers"), hosted("ours", copied(loaded))]
+    plain, ours = race(racers, IDS[None, :5], IDS, tokens=3, rounds=5)
+    assert plain["ratio"] == plain["ratio_min"] == plain["ratio_max"] == 1 and ours["peer"] == "plain"
+    assert plain["claim"] == "sparsity" and ours["claim"] == "engine"
+    assert ours["ratio_min"] <= ours["ratio"] <= ours["ratio_max"]
     assert ours["tokens_per_s"] == pytest.approx(1e3 / ours["ms_per_token"])
     with torch.no_grad():
-        nll = [torch.nn.functional.cross_entropy(loaded.model(w[None], use_cache=False).logits[0, :-1], w[1:], reduction="sum") for w in heldout.split(WINDOW)]
-    want = math.exp(float(torch.stack(nll).sum()) / (len(heldout) - 3))
+        nll = [torch.nn.functional.cross_entropy(loaded.model(w[None], use_cache=False).logits[0, :-1], w[1:], reduction="sum") for w in IDS.split(WINDOW)]
+    want = math.exp(float(torch.stack(nll).sum()) / (len(IDS) - 3))
     assert plain["perplexity"] == pytest.approx(want, rel=1e-4) and ours["perplexity"] == pytest.approx(want, rel=1e-4)
-    assert ours["interval"][0] < want < ours["interval"][1] and ours["model_bytes"] == plain["model_bytes"]
+    assert ours["interval"][0] < want < ours["interval"][1] and ours["model_bytes"] == plain["model_bytes"] and ours["scored"] == len(IDS) - 3
 
 
-def test_a_race_has_two_models_and_five_rounds() -> None:
-    runner = Runner.of("ours", llama())
+@needs_native
+def test_a_sparse_claim_needs_one_engine_and_one_precision(tmp_path: Path) -> None:
+    loaded = llama()
+    sparse = copied(loaded)
+    for layer in sparse.model.model.layers:
+        layer.mlp.up_proj.weight.data[:32] = 0
+    specs = {}
+    for name, layout in (("plain", None), ("bitmask", "bitmask"), ("int4", "int4")):
+        specs[name] = str(tmp_path / name)
+        sparse.model.save_pretrained(specs[name]) if layout is None else save_packed(copied(sparse).model, None, specs[name], layout)
+    rows = race(
+        [racer(f"{specs['plain']}@native"), racer(specs["bitmask"]), racer(specs["int4"]), racer(specs["bitmask"] + "@native+int8")], IDS[None, :4], IDS[:40], tokens=2, rounds=5
+    )
+    assert [row["claim"] for row in rows] == ["sparsity", "sparsity", "engine", "engine"]
+    assert [row["precision"] for row in rows] == ["float32", "float32", "int4", "float32, head int8"]
+    every = sum(p.numel() for n, p in sparse.model.named_parameters() if n.endswith("proj.weight"))
+    assert rows[0]["density"] == rows[1]["density"] == pytest.approx(1 - 2 * 32 * 32 / every)
+    assert rows[1]["model_bytes"] < rows[0]["model_bytes"]
+
+
+def test_windows_begin_with_bos() -> None:
+    seen = []
+
+    class Spy(Hosted):
+        def nll(self, windows):
+            seen.append(windows)
+            return super().nll(windows)
+
+    spy = Spy("spy", llama(), "transformers")
+    rows = race([spy, spy], IDS[None, :2], IDS, bos=7, tokens=1, rounds=5)
+    assert all(int(window[0]) == 7 and len(window) <= WINDOW for window in seen[0]) and rows[0]["scored"] == len(IDS)
+    assert torch.equal(torch.cat([window[1:] for window in seen[0]]), IDS)
+
+
+@pytest.mark.parametrize(("better", "worse", "dominates"), [((1, 1, 1), (1, 1, 2), True), ((1, 1, 1), (1, 1, 1), False), ((1, 2, 1), (2, 1, 2), False)])
+def test_what_dominates(better: tuple[int, ...], worse: tuple[int, ...], dominates: bool) -> None:
+    keys = ("perplexity", "ms_per_token", "model_bytes")
+    assert _dominates(dict(zip(keys, better, strict=True)), dict(zip(keys, worse, strict=True))) == dominates
+
+
+def test_a_race_has_two_models_five_rounds_and_one_vocabulary() -> None:
+    runner = hosted("ours", llama(), "transformers")
     with pytest.raises(BadInput, match="1 models in 7 rounds"):
-        race([runner], torch.ones(1, 2, dtype=torch.long), torch.ones(9, dtype=torch.long))
+        race([runner], IDS[None, :2], IDS)
     with pytest.raises(BadInput, match="2 models in 3 rounds"):
-        race([runner, runner], torch.ones(1, 2, dtype=torch.long), torch.ones(9, dtype=torch.long), rounds=3)
+        race([runner, runner], IDS[None, :2], IDS, rounds=3)
+    other = hosted("other", llama(), "transformers")
+    other.vocabulary = 62
+    with pytest.raises(BadInput, match="ours with 61 tokens, other with 62"):
+        race([runner, other], IDS[None, :2], IDS)
+
+
+def test_torchs_int4_layers_are_the_groups_they_round_to() -> None:
+    linear = torch.nn.Linear(64, 48)
+    x = torch.randn(3, 64)
+    codes = torch.randint(0, 16, (48, 2, 32)).float()
+    codes[..., 0], codes[..., 1] = 0, 15
+    linear.weight.data = (0.1 * codes - 0.7).flatten(1)  # on the grid, so nothing is lost
+    assert torch.allclose(Int4Linear(linear)(x), linear(x), atol=2e-2, rtol=1e-2)  # the kernel sums in bfloat16 where the processor has it
+    model = use_torch_int4(llama().model)
+    assert sum(isinstance(m, Int4Linear) for m in model.modules()) == 14 and isinstance(model.lm_head, torch.nn.Linear)
+    with pytest.raises(BadInput, match="multiples of 16 x 32"):
+        use_torch_int4(llama(hidden=48).model)
+
+
+def test_compiled_with_a_static_cache_decodes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = llama()
+    loaded.model.save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)  # what is tested is the carrying of the cache
+    windows = [IDS[:20], IDS[20:33]]
+    for ours, want in zip(racer(f"{tmp_path / 'tiny'}@compiled").nll(windows), hosted("plain", loaded, "transformers").nll(windows), strict=True):
+        assert torch.allclose(ours, want, atol=1e-4)
+
+
+def test_what_llama_cpp_cannot_run_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadFile, match=r"llama\.cpp reads GGUF files"):
+        racer(f"{tmp_path}@llama.cpp")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(RarefyError, match="pip install llama-cpp-python"):
+        racer(f"{tmp_path / 'model.gguf'}@llama.cpp")
+    with pytest.raises(BadInput, match="leave \\+LAYOUT out"):
+        racer(f"{tmp_path / 'model.gguf'}@llama.cpp+int8")
+    with pytest.raises(BadInput, match="only the native engine"):
+        racer(f"{tmp_path}@compiled+int8")
+
+
+def test_llama_cpp_is_driven_token_by_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in for the package, which decodes with transformers: positions, wanted logits and forgetting are ours."""
+    package, model = stand_in(llama().model), llama()
+    monkeypatch.setitem(sys.modules, "llama_cpp", package)
+    monkeypatch.setattr(llama_cpp, "_types", lambda path: "F32 100%")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    them, us = racer(f"{tmp_path / 'm.gguf'}@llama.cpp"), hosted("plain", model, "transformers")
+    windows = [IDS[:9], IDS[9:21]]
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(them.nll(windows), us.nll(windows), strict=True))
+    assert them.time(IDS[None, :4], 3) > 0
+    assert package.sizes == [9, 12, 4, 1, 1, 1] and package.live == 0
+
+
+def stand_in(model) -> ModuleType:
+    """The functions of llama_cpp that we call."""
+    import ctypes
+
+    package = ModuleType("llama_cpp")
+    package.__version__, package.sizes, package.live, package.ids = "0", [], 0, []
+
+    def init(count: int, embedding: int, sequences: int) -> SimpleNamespace:
+        package.live += 1
+        return SimpleNamespace(n_tokens=0, token=[0] * count, pos=[0] * count, n_seq_id=[0] * count, seq_id=[[9] for _ in range(count)], logits=[0] * count)
+
+    def free(batch: SimpleNamespace) -> None:
+        package.live -= 1
+
+    def decode(context: object, batch: SimpleNamespace) -> int:
+        assert batch.pos == list(range(len(package.ids), len(package.ids) + batch.n_tokens)) and batch.seq_id == [[0]] * batch.n_tokens
+        package.ids += batch.token
+        package.sizes.append(batch.n_tokens)
+        with torch.no_grad():
+            logits = model(torch.tensor([package.ids]), use_cache=False).logits[0, -batch.n_tokens :]
+        package.logits = logits[torch.tensor(batch.logits, dtype=torch.bool)].contiguous()
+        return 0
+
+    def clear(memory: object, data: bool) -> None:
+        package.ids = []
+
+    package.Llama = lambda path, **options: SimpleNamespace(n_vocab=lambda: 61, ctx=None)
+    package.llama_batch_init, package.llama_batch_free, package.llama_decode = init, free, decode
+    package.llama_get_memory, package.llama_memory_clear = lambda context: None, clear
+    package.llama_get_logits = lambda context: ctypes.c_void_p(package.logits.data_ptr())
+    return package

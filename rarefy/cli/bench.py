@@ -3,58 +3,118 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
-from rarefy.cli.arguments import Json
+from rarefy.cli.arguments import Json, Text
+from rarefy.cli.loading import quiet
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, err, show, table
+from rarefy.core.discover import pick
 from rarefy.core.errors import BadInput, Refused
 from rarefy.probes.bench import MEMORY, PEERS, Subject
 from rarefy.probes.bench import bench as run
 
-COLUMNS = ("layout", "pattern", "shape", "density", "batch", "peer", "ratio", "ratio_spread", "us", "us_peer", "gb_per_s")
+EPILOG = (
+    "Examples:  rarefy bench --layout bitmask,csr --density 0.5,0.1 --batch 1,64   ·   rarefy bench --layout block@block:4x1,n_m@2:4 --peer torch-dense,own-dense --json   ·   "
+    "rarefy bench --op decode --model demo --model half-packed --model demo@transformers   ·   rarefy bench --op decode --model small@native+int8 --model demo@llama.cpp"
+)
+PROMPT = 8  # tokens
+LINEAR = ("layout", "pattern", "shape", "density", "batch", "peer", "ratio", "spread", "ours_us", "peer_us", "gb_per_s", "roofline")
+DECODE = ("model", "engine", "precision", "density", "claim", "ratio", "spread", "tokens_per_s", "perplexity", "interval", "model_bytes", "dominated_by")
 
 
-@app.command(epilog="Examples:  rarefy bench --layout bitmask,csr --density 0.5,0.1 --batch 1,64   ·   rarefy bench --layout block@block:4x1,n_m@2:4 --peer torch,own-dense --json")
+@dataclass(frozen=True)
+class Asked:
+    """The options of all operations, as given."""
+
+    layout: str
+    shape: str
+    density: str
+    batch: str
+    peer: str
+    rounds: int
+    memory: int
+    seed: int
+    models: list[str]
+    tokens: int
+    scored: int
+    text: str | None
+    quiet: bool
+
+
+def _linear(asked: Asked) -> list[dict[str, Any]]:
+    subjects, shapes = [Subject.parse(text) for text in asked.layout.split(",")], [_shape(text) for text in asked.shape.split(",")]
+    densities, batches, peers = _numbers(asked.density, float), _numbers(asked.batch, int), asked.peer.split(",")
+    with bars(quiet=asked.quiet) as progress:
+        return run(subjects, shapes, densities, batches, peers, rounds=asked.rounds, seed=asked.seed, memory=asked.memory, progress=progress)
+
+
+def _decode(asked: Asked) -> list[dict[str, Any]]:
+    if len(asked.models) < 2:
+        raise BadInput(f"{len(asked.models)} models", "decoding is compared between two or more, the first of which is the peer", "pass --model demo --model DIR")
+    from rarefy.hub.text import heldout_ids
+    from rarefy.probes.decoding import race
+    from rarefy.probes.racers import racer
+
+    quiet()
+    racers = [racer(spec) for spec in asked.models]
+    tokenizer = next((each.tokenizer for each in racers if each.tokenizer is not None), None)
+    if tokenizer is None:
+        raise BadInput(", ".join(asked.models), "none of them has a tokenizer for the text that is scored", "name a model folder among them")
+    ids = heldout_ids(tokenizer, asked.scored, asked.text)
+    with bars(quiet=asked.quiet) as progress:
+        return race(racers, ids[None, :PROMPT], ids, bos=tokenizer.bos_token_id, tokens=asked.tokens, rounds=asked.rounds, progress=progress)
+
+
+@dataclass(frozen=True)
+class Op:
+    """What is timed, and the columns of its table."""
+
+    run: Callable[[Asked], list[dict[str, Any]]]
+    columns: tuple[str, ...]
+
+
+OPS = {"linear": Op(_linear, LINEAR), "decode": Op(_decode, DECODE)}
+
+
+@app.command(epilog=EPILOG)
 def bench(
-    op: Annotated[str, typer.Option(help="What is timed; linear is all there is.")] = "linear",
+    op: Annotated[str, typer.Option(help="What is timed: linear (one product) or decode (whole models).")] = "linear",
     layout: Annotated[str, typer.Option(help="Layouts, comma-separated; LAYOUT@PATTERN for weights that have a structure.")] = "bitmask,csr",
     shape: Annotated[str, typer.Option(help="Shapes OUTxIN, comma-separated.")] = "2048x8192",
     density: Annotated[str, typer.Option(help="Shares of weights that are kept, comma-separated.")] = "0.5",
     batch: Annotated[str, typer.Option(help="Rows of x, comma-separated.")] = "1",
-    peer: Annotated[str, typer.Option(help=f"What to compare with, comma-separated: {', '.join(PEERS)}.")] = "torch,own-dense",
+    peer: Annotated[str, typer.Option(help=f"What to compare a product with, comma-separated: {', '.join(PEERS)}.")] = "torch-dense,own-dense",
+    model: Annotated[list[str] | None, typer.Option(help="To decode with: MODEL, MODEL@ENGINE or MODEL@native+HEAD; repeat it, the first one is the peer.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens that are decoded in a round.", min=1, max=400)] = 32,
+    scored: Annotated[int, typer.Option(help="Held-out tokens of the perplexity beside a model's speed.", min=2)] = 4096,
+    text: Text = None,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; their median is reported.", min=5)] = 7,
     memory: Annotated[int, typer.Option(help="Bytes for copies of the weights, which keep them out of cache.", min=1)] = MEMORY,
     max_load: Annotated[float | None, typer.Option(help="Refuse above this load a core; default: warn above 0.5.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and inputs.", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
-    """Sparse products against dense ones on this machine, each checked before it is timed."""
-    if op != "linear":
-        raise BadInput(f"op {op!r}", "the only one is linear", "pass --op linear")
+    """Sparse products, and models that decode, against others on this machine, interleaved, each checked or scored beside its speed."""
+    chosen = pick(OPS, op, "op")
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     if max_load is not None and load > max_load:
         raise Refused(f"a load of {load:.2f} a core", f"this run is to refuse above {max_load:g}", "wait until the machine is quiet")
-    subjects = [Subject.parse(text) for text in layout.split(",")]
-    shapes = [_shape(text) for text in shape.split(",")]
-    with bars(quiet=as_json) as progress:
-        record = run(subjects, shapes, _numbers(density, float), _numbers(batch, int), peer.split(","), rounds=rounds, seed=seed, memory=memory, progress=progress)
-    for warning in sorted({row["warning"] for row in record["rows"] if row["warning"]}):
-        err.print(f"warning: {warning}")
-    show(record, as_json, _draw)
-    if record["summary"]["wrong"]:
+    rows = chosen.run(Asked(layout, shape, density, batch, peer, rounds, memory, seed, model or [], tokens, scored, text, as_json))
+    for warning in sorted({row["warning"] for row in rows if row["warning"]}):
+        err.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+    show(rows, as_json, lambda rows: _draw(rows, chosen.columns))
+    if any(row["ratio"] is None for row in rows):
         raise typer.Exit(1)
 
 
-def _draw(record: dict[str, Any]) -> None:
-    rows = [{**row, "shape": f"{row['shape'][0]}x{row['shape'][1]}", "ratio_spread": _spread(row["ratio_spread"])} for row in record["rows"]]
-    table(rows, COLUMNS, title="how many times as fast as the peer; spread: lowest and highest round")
-
-
-def _spread(spread: list[float] | None) -> str | None:
-    return None if spread is None else f"{spread[0]:.3g} to {spread[1]:.3g}"
+def _draw(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    drawn = [{**row, "shape": "x".join(map(str, row.get("shape", ()))), "spread": None if row["ratio"] is None else [row["ratio_min"], row["ratio_max"]]} for row in rows]
+    table(drawn, columns, title="ratio: how many times as fast as the peer; spread: lowest and highest round")
 
 
 def _shape(text: str) -> tuple[int, int]:

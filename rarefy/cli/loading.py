@@ -18,7 +18,7 @@ from rarefy.hub.text import WINDOW
 
 def load(spec: str, **options: Any) -> hub.Loaded:
     """`rarefy.hub.load.load`, quiet in a pipe."""
-    _quiet()
+    quiet()
     return hub.load(spec, **options)
 
 
@@ -30,7 +30,7 @@ def load_or_stream(spec: str, stream: bool | None, **options: Any) -> tuple[hub.
         stream = True
     if not stream:
         return load(spec, **options), None
-    _quiet()
+    quiet()
     return load_sharded(spec, **options)
 
 
@@ -45,7 +45,8 @@ def need_plain(loaded: hub.Loaded) -> None:
         raise Refused(f"{loaded.spec} is packed", "only plain weights can be pruned or packed", "begin from the folder that it was packed from")
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """The libraries below draw no bars and say little where no terminal is."""
     try:
         from transformers import modeling_gguf_pytorch_utils as gguf
         from transformers.utils import logging

@@ -21,6 +21,7 @@ from rarefy.core.roles import Layout
 from rarefy.kernels.dense import DenseMatrix
 from rarefy.kernels.library import native
 from rarefy.layouts import LAYOUTS
+from rarefy.probes.roofline import roofline
 from rarefy.probes.timers import busy
 from rarefy.weights.patterns import parse_pattern
 
@@ -45,7 +46,14 @@ def _torch_csr(weight: Tensor) -> Product:
     return lambda x: (sparse @ x.t()).t()
 
 
-PEERS: dict[str, Callable[[Tensor], Product]] = {"torch": _torch, "own-dense": _own_dense, "torch-csr": _torch_csr}
+def _scipy_csr(weight: Tensor) -> Product:
+    from scipy.sparse import csr_matrix
+
+    sparse = csr_matrix(weight.numpy())
+    return lambda x: torch.from_numpy((sparse @ x.numpy().T).T)
+
+
+PEERS: dict[str, Callable[[Tensor], Product]] = {"torch-dense": _torch, "own-dense": _own_dense, "torch-csr": _torch_csr, "scipy-csr": _scipy_csr}
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,15 @@ class Contestant:
         return (time.perf_counter() - began) / calls
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a product cannot do without: bytes of stored weights, bytes of x and y, multiply-adds."""
+
+    weights: int
+    vectors: int
+    macs: int
+
+
 def cache_bytes(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
     """The largest cache of the first processor, 32 MiB where the system does not say.
 
@@ -105,23 +122,24 @@ def bench(
     shapes: Sequence[tuple[int, int]],
     densities: Sequence[float],
     batches: Sequence[int],
-    peers: Sequence[str] = ("torch",),
+    peers: Sequence[str] = ("torch-dense",),
     *,
     rounds: int = 7,
     seed: int = 0,
     memory: int = MEMORY,
     progress: Callable[[int, int, str], None] | None = None,
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """Time ``x W^T`` by every layout, and beside it by every peer.
 
     Args:
         memory: bytes that the copies of the weights may take together; with too few of them a small matrix stays in cache, and the row says so.
 
     Returns:
-        {rows: [{op, layout, pattern, shape, density, batch, peer, ratio, ratio_spread, us, us_peer, gb_per_s, threads, isa,
-        warning}], summary}: `ratio` is the median over the rounds of peer over layout (above 1: the layout is faster),
-        `ratio_spread` the lowest and the highest of them; us and us_peer medians; gb_per_s the bytes of the stored weights over us.
-        Speeds are None where the product was wrong.
+        [{op: "linear", layout, pattern, shape, density, batch, dtype, peer, ratio, ratio_min, ratio_max, ours_us, peer_us, max_abs_err, gb_per_s,
+        roofline, threads, isa, torch, warning}]: `ratio` is the median over the rounds of peer over layout (above 1: the layout is
+        faster), ratio_min and ratio_max the lowest and the highest of them; ours_us and peer_us medians; max_abs_err against the
+        float64 product; gb_per_s the bytes of the stored weights over ours_us; roofline the least time that the stored weights, x and y
+        and the multiply-adds by stored weights take on this machine over the time they took. Speeds are None where the product was wrong.
 
     Raises:
         BadInput: an unknown peer, fewer than 5 rounds, a density outside (0, 1].
@@ -138,9 +156,7 @@ def bench(
         if progress:
             progress(number, len(cases), f"{subject.layout} {shape[0]}x{shape[1]} at {density:g}")
         rows += _case(subject, shape, density, batches, made, rounds, seed, memory)
-    extension = native()
-    machine = {"torch": torch.__version__, "cache_bytes": cache_bytes(), "native": extension is not None}
-    return {"rows": rows, "summary": {**machine, "rounds": rounds, "wrong": sum(row["ratio"] is None for row in rows)}}
+    return rows
 
 
 def _case(
@@ -153,14 +169,18 @@ def _case(
     others = {name: _contestant(lambda make=make: make(weight.clone()), weight.numel() * weight.element_size(), share) for name, make in peers.items()}  # type: ignore[misc]
     cached = any(len(c.copies) * c.size < cache_bytes() for c in (ours, *others.values()))
     means = layout.unpack(packed, shape, weight.dtype)
+    kept = int((weight != 0).sum())
+    what = {"layout": subject.layout, "pattern": subject.pattern, "shape": list(shape), "density": kept / weight.numel()}
     for batch in batches:
         x = torch.randn(batch, shape[1], generator=Generator().manual_seed(seed + 1))
         right = {name: _right(c.copies[0](x), x, w, exact) for name, c, w, exact in _to_check(ours, others, means, weight, layout)}
         timed = {"": ours, **{name: other for name, other in others.items() if right[name]}}
         seconds = _interleaved(timed, x, rounds) if right[""] else {}
+        error = float((ours.copies[0](x).double() - F.linear(x.double(), means.double())).abs().max()) if x.numel() else 0.0
+        work = Work(packed.numel(), 4 * batch * sum(shape), batch * kept)
         for name in peers:
-            head = {"op": "linear", "layout": subject.layout, "pattern": subject.pattern, "shape": list(shape), "density": int((weight != 0).sum()) / weight.numel()}
-            yield {**head, "batch": batch, "peer": name, **_figures(seconds.get(""), seconds.get(name), packed.numel()), **_where(cached, right[""] and right[name])}
+            figures = _figures(seconds.get(""), seconds.get(name), work)
+            yield {"op": "linear", **what, "batch": batch, "dtype": "float32", "peer": name, **figures, "max_abs_err": error, **_where(cached, right[""] and right[name])}
 
 
 def _to_check(ours: Contestant, others: Mapping[str, Contestant], means: Tensor, weight: Tensor, layout: Layout) -> Iterator[tuple[str, Contestant, Tensor, bool]]:
@@ -194,16 +214,16 @@ def _interleaved(contestants: Mapping[str, Contestant], x: Tensor, rounds: int) 
     return found
 
 
-def _figures(ours: list[float] | None, peer: list[float] | None, size: int) -> dict[str, Any]:
+def _figures(ours: list[float] | None, peer: list[float] | None, work: Work) -> dict[str, Any]:
     if ours is None or peer is None:
-        return dict.fromkeys(("ratio", "ratio_spread", "us", "us_peer", "gb_per_s"))
+        return dict.fromkeys(("ratio", "ratio_min", "ratio_max", "ours_us", "peer_us", "gb_per_s", "roofline"))
     ratios = [b / a for a, b in zip(ours, peer, strict=True)]
-    us = statistics.median(ours) * 1e6
-    spread = [min(ratios), max(ratios)]
-    return {"ratio": statistics.median(ratios), "ratio_spread": spread, "us": us, "us_peer": statistics.median(peer) * 1e6, "gb_per_s": size / us / 1e3}
+    took = statistics.median(ours)
+    reached = {"gb_per_s": work.weights / took / 1e9, "roofline": roofline().share(work.weights + work.vectors, work.macs, took)}
+    return {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "ours_us": took * 1e6, "peer_us": statistics.median(peer) * 1e6, **reached}
 
 
 def _where(cached: bool, right: bool) -> dict[str, Any]:
     extension = native()
     words = [busy(), "weights may lie in cache: their copies are smaller than it" if cached else None, None if right else "the result is wrong: no speed is given"]
-    return {"threads": torch.get_num_threads(), "isa": extension.isa() if extension else None, "warning": "; ".join(w for w in words if w) or None}
+    return {"threads": torch.get_num_threads(), "isa": extension.isa() if extension else None, "torch": torch.__version__, "warning": "; ".join(w for w in words if w) or None}

@@ -3,93 +3,66 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rarefy.core.errors import BadInput
-from rarefy.hub.engines import use_engine
-from rarefy.hub.load import Loaded, parameters_bytes
 from rarefy.probes.perplexity import bootstrap
+from rarefy.probes.racers.racer import Racer
 from rarefy.probes.timers import busy
 
-WINDOW = 256  # tokens that are scored from an empty cache
-
-
-@dataclass(frozen=True)
-class Runner:
-    """A model with what runs it: `name` in the table; `engine` as `use_engine` describes it."""
-
-    name: str
-    loaded: Loaded
-    engine: str
-
-    @classmethod
-    def of(cls, name: str, loaded: Loaded, engine: str = "native", head: str | None = None) -> Runner:
-        return cls(name, loaded, use_engine(loaded.model, engine, head))
-
-    @torch.no_grad()
-    def time(self, prompt: Tensor, tokens: int) -> float:
-        """Seconds a token of greedy decoding after the prompt [1, T]."""
-        out = self.loaded.model(prompt, use_cache=True, logits_to_keep=1)
-        following = out.logits[:, -1].argmax(-1, keepdim=True)
-        began = time.perf_counter()
-        for _ in range(tokens):
-            out = self.loaded.model(following, past_key_values=out.past_key_values, use_cache=True)
-            following = out.logits[:, -1].argmax(-1, keepdim=True)
-        return (time.perf_counter() - began) / tokens
-
-    @torch.no_grad()
-    def nll(self, ids: Tensor) -> list[Tensor]:
-        """Nats of every token but the first of each window, by the engine's own arithmetic."""
-        found = []
-        for window in ids.split(WINDOW):
-            if len(window) < 2:
-                continue
-            logits = self.loaded.model(window[None], use_cache=True).logits[0, :-1].double()
-            found.append(-logits.log_softmax(-1).gather(1, window[1:, None])[:, 0])
-        return found
+WINDOW = 256  # tokens that are scored from an empty cache, BOS included
 
 
 def race(
-    runners: Sequence[Runner], prompt: Tensor, heldout: Tensor, *, tokens: int = 32, rounds: int = 7, progress: Callable[[int, int, str], None] | None = None
-) -> dict[str, Any]:
-    """Decode greedily with every runner in turn, round by round; the first one is the peer.
+    racers: Sequence[Racer], prompt: Tensor, heldout: Tensor, *, bos: int | None = None, tokens: int = 32, rounds: int = 7, progress: Callable[[int, int, str], None] | None = None
+) -> list[dict[str, Any]]:
+    """Decode greedily with every racer in turn, round by round; the first one is the peer.
 
     Args:
-        prompt: ids int64 [1, T]. heldout: ids int64 [N] that perplexity is taken over, in windows of 256 tokens.
+        prompt: ids int64 [1, T]. heldout: ids int64 [N] that perplexity is taken over, in windows of 256 tokens that begin with `bos`.
         tokens: decoded a round. rounds: at least 5; a first one warms up and is dropped.
 
     Returns:
-        {rows: [{op: "decode", model, engine, peer, ratio, ratio_spread, ms_per_token, tokens_per_s, perplexity, interval,
-        model_bytes, threads, warning}], summary}: `ratio` is the median over the rounds of the peer's time over the model's
-        (above 1: the model is faster), `ratio_spread` the lowest and the highest round.
+        [{op: "decode", model, engine, precision, density, peer, claim, ratio, ratio_min, ratio_max, ms_per_token, tokens_per_s,
+        perplexity, interval, scored, model_bytes, dominated_by, tokens, rounds, threads, torch, warning}]: `ratio` is the median over the
+        rounds of the peer's time over the model's (above 1: the model is faster), ratio_min and ratio_max the lowest and the highest
+        round; `dominated_by` names a model that is no worse in perplexity, speed and bytes and better in one. `claim` says what a ratio means: "sparsity"
+        where both run in one engine at one precision, so that what they leave out is all that differs, else "engine".
 
     Raises:
-        BadInput: fewer than two runners or five rounds, or runners of other vocabularies.
+        BadInput: fewer than two racers or five rounds, or models of other vocabularies.
     """
-    if len(runners) < 2 or rounds < 5:
-        raise BadInput(f"{len(runners)} models in {rounds} rounds", "a race takes at least two models and five rounds")
-    warning = busy()
+    if len(racers) < 2 or rounds < 5:
+        raise BadInput(f"{len(racers)} models in {rounds} rounds", "a race takes at least two models and five rounds")
+    if len({racer.vocabulary for racer in racers}) > 1:
+        raise BadInput(", ".join(f"{racer.name} with {racer.vocabulary} tokens" for racer in racers), "models that race score the same token ids")
+    windows = _windows(heldout, bos)
+    warning, steps = busy(), len(racers) + rounds
+    note = progress or (lambda done, all, what: None)
     perplexities = []
-    for number, runner in enumerate(runners):
-        if progress:
-            progress(number, len(runners) + rounds, f"score {runner.name}")
-        perplexities.append(_perplexity(runner.nll(heldout)))
-    seconds: list[list[float]] = [[] for _ in runners]
+    for number, racer in enumerate(racers):
+        note(number, steps, f"score {racer.name}")
+        perplexities.append(_perplexity(racer.nll(windows)))
+    seconds: list[list[float]] = [[] for _ in racers]
     for number in range(rounds + 1):
-        if progress:
-            progress(len(runners) + max(number - 1, 0), len(runners) + rounds, f"round {number}")
-        for runner, found in zip(runners, seconds, strict=True):
-            took = runner.time(prompt, tokens)
+        note(len(racers) + max(number - 1, 0), steps, f"round {number}")
+        for racer, found in zip(racers, seconds, strict=True):
+            took = racer.time(prompt, tokens)
             if number:
                 found.append(took)
-    rows = [_row(runners[0], seconds[0], *each, warning) for each in zip(runners, seconds, perplexities, strict=True)]
-    return {"rows": rows, "summary": {"tokens": tokens, "rounds": rounds, "prompt": prompt.shape[1], "scored": len(heldout), "torch": torch.__version__}}
+    rows = [_row(racers[0], seconds[0], *each, warning) for each in zip(racers, seconds, perplexities, strict=True)]
+    common = {"scored": sum(len(window) - 1 for window in windows), "tokens": tokens, "rounds": rounds, "torch": torch.__version__}
+    return [{**row, **common, "dominated_by": next((other["model"] for other in rows if _dominates(other, row)), None)} for row in rows]
+
+
+def _windows(ids: Tensor, bos: int | None) -> list[Tensor]:
+    head = ids.new_tensor([] if bos is None else [bos])
+    found = [torch.cat([head, part]) for part in ids.split(WINDOW - len(head))]
+    return [window for window in found if len(window) > 1]
 
 
 def _perplexity(windows: list[Tensor]) -> tuple[float, list[float] | None]:
@@ -99,21 +72,31 @@ def _perplexity(windows: list[Tensor]) -> tuple[float, list[float] | None]:
     return float(mean.exp()), None if limits is None else [float(torch.tensor(x, dtype=torch.float64).exp()) for x in limits]
 
 
-def _row(peer: Runner, peer_seconds: list[float], runner: Runner, seconds: list[float], scored: tuple[float, list[float] | None], warning: str | None) -> dict[str, Any]:
+def _row(peer: Racer, peer_seconds: list[float], racer: Racer, seconds: list[float], scored: tuple[float, list[float] | None], warning: str | None) -> dict[str, Any]:
     ratios = [p / s for p, s in zip(peer_seconds, seconds, strict=True)]
     median = statistics.median(seconds)
     return {
         "op": "decode",
-        "model": runner.name,
-        "engine": runner.engine,
+        "model": racer.name,
+        "engine": racer.engine,
+        "precision": racer.precision,
+        "density": racer.density,
         "peer": peer.name,
+        "claim": "sparsity" if (racer.engine, racer.precision) == (peer.engine, peer.precision) else "engine",
         "ratio": statistics.median(ratios),
-        "ratio_spread": [min(ratios), max(ratios)],
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
         "ms_per_token": 1e3 * median,
         "tokens_per_s": 1 / median,
         "perplexity": scored[0],
         "interval": scored[1],
-        "model_bytes": parameters_bytes(runner.loaded.model),
+        "model_bytes": racer.model_bytes,
         "threads": torch.get_num_threads(),
         "warning": warning,
     }
+
+
+def _dominates(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """No worse in perplexity, time and bytes, and better in one."""
+    pairs = [(a[key], b[key]) for key in ("perplexity", "ms_per_token", "model_bytes")]
+    return all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
