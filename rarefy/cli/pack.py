@@ -39,6 +39,7 @@ def pack(
     layout: Annotated[
         str, typer.Option(help="How the sparse matrices are stored: bitmask, int8, int4, int4-asymmetric, …; auto times the lossless ones on this machine.")
     ] = "bitmask",
+    embeddings: Annotated[str | None, typer.Option(help="A layout for the embedding and the output head too, e.g. int8; default: as they are.")] = None,
     batch: Annotated[str, typer.Option(help="With --layout auto: rows of x to be fast at, e.g. 1,64.")] = "1",
     gate: Annotated[str | None, typer.Option(help="Zero small activations in every forward: topk:density=0.5 or threshold:density=0.5.")] = None,
     gate_at: Annotated[list[str] | None, typer.Option(help="Gate the inputs of the modules that match this glob; may be repeated.")] = None,
@@ -68,7 +69,7 @@ def pack(
         measured = _apply(loaded.model, whole, batches)
         kept = {row["name"]: row["density"] for row in measured["gates"]}
     chosen_layout = Chooser(_batches(batch), cache_dir() / "layouts.json") if layout == "auto" else layout
-    record = save_packed(loaded.model, loaded.tokenizer, out, chosen_layout, force=force, gating=measured)
+    record = save_packed(loaded.model, loaded.tokenizer, out, chosen_layout, embeddings=embeddings, force=force, gating=measured)
     shown = [{**entry, "density": kept.get(entry["name"])} for entry in record["gates"]]
     show({**record, "gates": shown, "model": model, "out": out}, as_json, _draw)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Generator, Tensor, nn
@@ -277,6 +277,17 @@ class Matrix(Protocol):
 
     def dense(self) -> Tensor:
         """The matrix [O, I]."""
+
+
+@runtime_checkable
+class Rows(Matrix, Protocol):
+    """A matrix of which single rows can be read, as an embedding asks."""
+
+    rows: int
+    columns: int
+
+    def take(self, ids: Tensor) -> Tensor:
+        """Rows [..., I] of int64 ids [...] in [0, O)."""
 
 
 class Layout(Role):

@@ -13,7 +13,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from rarefy.core.attach import plain_type
 from rarefy.core.discover import pick
 from rarefy.core.errors import BadInput, Refused
-from rarefy.hub.packed import PackedLinear
+from rarefy.core.roles import Rows
+from rarefy.hub.packed import PackedEmbedding, PackedLinear
 from rarefy.kernels.dense import DenseMatrix
 from rarefy.layouts import LAYOUTS
 from rarefy.runtime.decoder import Block, Decoder, KeyValues, Sizes
@@ -141,7 +142,7 @@ def build(model: Any, head: str | None = None) -> Decoder:
     return Decoder(
         sizes,
         [_block(layer, f"model.layers.{number}") for number, layer in enumerate(inside.layers)],
-        inside.embed_tokens.weight.detach(),
+        _embedding(inside.embed_tokens),
         inside.norm.weight.detach(),
         _head(model.lm_head, head),
         cos[0, :, :half].float().contiguous(),
@@ -167,6 +168,14 @@ def _block(layer: Any, path: str) -> Block:
     modules = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "o": attention.o_proj, "gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj}
     linears = {name: _matrix(module, f"{path} {name}") for name, module in modules.items()}
     return Block(linears, layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach())
+
+
+def _embedding(module: Any) -> Rows:
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise BadInput("the embedding has forward hooks", "the native decoder would not run them", "remove them, or run the model through transformers")
+    if isinstance(module, PackedEmbedding):
+        return module.rows()
+    return DenseMatrix(module.weight)
 
 
 def _head(module: Any, layout: str | None) -> Any:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rarefy.core.attach import OUTPUT, attach_gate, gated, plain_type, viewed
-from rarefy.core.errors import BadInput, MissingExtra, Refused
-from rarefy.core.roles import Matrix
+from rarefy.core.errors import BadFile, BadInput, MissingExtra, Refused
+from rarefy.core.roles import Matrix, Rows
 from rarefy.hub.atomic import atomic_folder
 from rarefy.hub.export import plain_config
 from rarefy.hub.plan import DTYPES, Layer, Plan, beside, edit_dict, gate_dict
@@ -49,6 +49,10 @@ class Packed(nn.Module):
             self._ready = now, LAYOUTS[self.layer.layout].matrix(self.weight.detach(), self.layer.shape, DTYPES[self.layer.dtype])
         found: Matrix = self._ready[1]
         return found
+
+    def plain(self) -> nn.Module:
+        """The layer that it stands for, dense."""
+        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready": None}
@@ -95,16 +99,38 @@ class PackedConv1D(Packed):
         return conv
 
 
-def packed_kind(module: nn.Module) -> type[PackedLinear] | type[PackedConv1D] | None:
+class PackedEmbedding(Packed):
+    """An Embedding: each forward unpacks the rows that it is asked for."""
+
+    def __init__(self, layer: Layer, packed: Tensor, bias: None = None) -> None:
+        super().__init__(layer, packed, bias)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.rows().take(ids).to(DTYPES[self.layer.dtype])
+
+    def rows(self) -> Rows:
+        """The weight, of which single rows can be read."""
+        matrix = self.matrix()
+        if not isinstance(matrix, Rows):
+            raise BadFile(f"an embedding in layout {self.layer.layout}", "single rows cannot be read from it", "write the folder again")
+        return matrix
+
+    def plain(self) -> nn.Module:
+        return nn.Embedding(self.out_features, self.in_features, _weight=self.dense())
+
+
+def packed_kind(module: nn.Module) -> type[PackedLinear] | type[PackedConv1D] | type[PackedEmbedding] | None:
     """The packed class that stands for a module, or None where there is none."""
     kind = plain_type(module)
     if kind is nn.Linear:
         return PackedLinear
+    if kind is nn.Embedding:
+        return PackedEmbedding
     return PackedConv1D if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils" else None
 
 
 def matrix(module: Any) -> Tensor:
-    """The weight of a Linear or Conv1D as [out, in]."""
+    """The weight of a Linear, Conv1D or Embedding as [out, in]."""
     weight: Tensor = module.weight.detach()
     return weight.t() if packed_kind(module) is PackedConv1D else weight
 
@@ -121,6 +147,7 @@ def save_packed(
     out: str | Path,
     layout: str | Chooser = "bitmask",
     *,
+    embeddings: str | None = None,
     force: bool = False,
     max_shard_size: str | int = "50GB",
     gating: Mapping[str, Any] | None = None,
@@ -131,6 +158,7 @@ def save_packed(
     where nothing is smaller, so that transformers without rarefy cannot run it dense. The others stay dense, and the
     record says why. With a `Chooser` in place of a layout's name, each matrix is stored in the lossless layout that is
     fastest on this machine, and stays dense where the dense product is.
+    `embeddings` is a layout, int8 say, for the embedding and the output head, which are left as they are without it.
     `gating` is what `rarefy.activations.apply.apply_gating` measured, to be kept in the record.
 
     Returns:
@@ -151,6 +179,8 @@ def save_packed(
         raise BadInput("a quantised model", "only plain weights can be packed", "dequantize it first")
     for key in viewed(model):
         raise Refused(f"the view on {key}", "a folder holds plain weights", "save inside `with exported(model)`")
+    if embeddings is not None and embeddings not in LAYOUTS:
+        raise BadInput(f"layout {embeddings!r} for the embeddings", f"known layouts are {', '.join(LAYOUTS)}", "pass one of them, for example int8")
     gates, layers, packed, sites = gated(model), {}, {}, []
     for path, module in _matrices(model):
         must = path in gates or any(place.endswith(OUTPUT) and beside(place, path) for place in gates)
@@ -158,6 +188,9 @@ def save_packed(
         sites.append(site)
         if layer is not None:
             layers[path], packed[f"{path}.weight"] = layer, data
+    for path, layer, data, site in _ends(model, embeddings):
+        sites.append(site)
+        layers[path], packed[f"{path}.weight"] = layer, data
     for place in gates:
         if place.endswith(OUTPUT) and not any(beside(place, path) for path in layers):
             raise Refused(f"the gate on {place}", "no Linear or Conv1D lies beside it that would keep others from running it dense", "detach the gate")
@@ -201,7 +234,8 @@ def _write(model: Any, draft: Path, packed: dict[str, Tensor], max_shard_size: s
     index = draft / INDEX
     if index.is_file():
         content = read_json(index.read_bytes(), INDEX)
-        content["metadata"]["total_parameters"] += sum(data.numel() - state[key].numel() for key, data in packed.items())
+        own = {state[key].data_ptr(): data.numel() - state[key].numel() for key, data in packed.items()}  # a tied tensor once
+        content["metadata"]["total_parameters"] += sum(own.values())
         index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
@@ -211,10 +245,36 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, Any]]:
     inputs = [place for place in gated(model) if not place.endswith(OUTPUT)]
     for path in dict.fromkeys([*paths, *inputs]):
         module = model.get_submodule(path)
-        if packed_kind(module) is not None:
+        if packed_kind(module) in (PackedLinear, PackedConv1D):
             yield path, module
         elif path in inputs:
             raise Refused(f"the gate on {path}", f"a plan can gate the input of a Linear or a Conv1D, not of a {plain_type(module).__name__}", "detach the gate")
+
+
+def _ends(model: Any, layout: str | None) -> Iterator[tuple[str, Layer, Tensor, dict[str, Any]]]:
+    """The embedding and the output head, packed; where they are tied, as one tensor under two names."""
+    if layout is None:
+        return
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    paths = {module: path for path, module in model.named_modules()}
+    if packed_kind(embedding) is not PackedEmbedding or not (head is None or packed_kind(head) is PackedLinear):
+        kinds = ", ".join(plain_type(module).__name__ for module in (embedding, head) if module is not None)
+        raise Refused(f"embeddings in {layout}", f"an Embedding and a Linear can be packed, and here are {kinds}", "leave the embeddings as they are")
+    found: dict[int, tuple[Layer, Tensor]] = {}
+    for module in (embedding, head):
+        if module is None:
+            continue
+        weight = matrix(module)
+        key = weight.data_ptr()
+        if key not in found:
+            packed = LAYOUTS[layout].pack(weight)
+            found[key] = Layer.of(weight, packed, layout), packed
+        layer, packed = found[key]
+        if module is embedding and not isinstance(LAYOUTS[layout].matrix(packed, layer.shape, weight.dtype), Rows):
+            raise BadInput(f"layout {layout} for the embeddings", "single rows cannot be read from it", "pass int8, int4 or flat")
+        before, tied = weight.numel() * weight.element_size(), module is head and head.weight is embedding.weight
+        site = {"name": f"{paths[module]}.weight", "density": int(torch.count_nonzero(weight)) / weight.numel(), "dense_because": None, "layout": layout}
+        yield paths[module], layer, packed, {**site, "bytes_dense": 0 if tied else before, "bytes": 0 if tied else packed.numel(), "error": _error(weight, layer, packed)}
 
 
 def _shared(model: nn.Module, module: Any) -> bool:
@@ -302,8 +362,9 @@ def dequantize(model: Any) -> Any:
     for path in gated(model):
         raise Refused(f"the gate on {path}", "plain weights cannot express it, and would run dense", "take it off first with rarefy.core.attach.detach_gates")
     for path, module in list(model.named_modules()):
-        if isinstance(module, (PackedLinear, PackedConv1D)):
+        if isinstance(module, Packed):
             replace(model, path, module.plain().train(module.training))
+    model.tie_weights()
     widen(model)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -63,7 +63,7 @@ class RarefyQuantizer(HfQuantizer):
         for path, layer in plan.layers.items():
             module, kind = _module(model, path, layer)
             packed = torch.empty(layer.bytes, dtype=torch.uint8, device=module.weight.device)
-            replace(model, path, kind(layer, packed, module.bias))
+            replace(model, path, kind(layer, packed, getattr(module, "bias", None)))
         for place, gate in plan.gates.items():
             try:
                 attach_gate(model, place, copy.deepcopy(gate))

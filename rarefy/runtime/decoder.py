@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import BadInput, Refused
+from rarefy.core.roles import Rows
 from rarefy.kernels.library import native, pointer
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -66,30 +67,32 @@ class KeyValues:
 class Decoder:
     """A model as the native code sees it; it keeps the tensors that it is made of, uncopied.
 
-    Matrices are those of `rarefy.kernels` (dense, bitmask, grouped), float32 beside them: embedding [V, H], final norm [H],
-    cos and sin [P, head_dim / 2].
+    Matrices are those of `rarefy.kernels` (dense, bitmask, grouped), float32 beside them: final norm [H], cos and sin
+    [P, head_dim / 2]. The embedding [V, H] is any matrix whose rows can be taken.
 
     Raises:
         Refused: the native kernels are not there.
         BadInput: a tensor of another shape, dtype or layout than the native code reads.
     """
 
-    def __init__(self, sizes: Sizes, blocks: list[Block], embedding: Tensor, final_norm: Tensor, head: Any, cos: Tensor, sin: Tensor) -> None:
+    def __init__(self, sizes: Sizes, blocks: list[Block], embedding: Rows, final_norm: Tensor, head: Any, cos: Tensor, sin: Tensor) -> None:
         extension = native()
         if extension is None:
             raise Refused(
                 "the native decoder", "this install has no native kernels, or they are switched off", "install with a C++ compiler, or run the model through transformers"
             )
-        self.sizes, self.held = sizes, [blocks, embedding, final_norm, head, cos, sin]
+        self.sizes, self.embedding, self.held = sizes, embedding, [blocks, final_norm, head, cos, sin]
         half = sizes.head_dim // 2
-        vectors = {"embedding": (embedding, (sizes.vocab, sizes.hidden)), "final_norm": (final_norm, (sizes.hidden,))}
+        if (embedding.rows, embedding.columns) != (sizes.vocab, sizes.hidden):
+            raise BadInput(f"an embedding of {embedding.rows} x {embedding.columns}", f"the model's sizes say {sizes.vocab} x {sizes.hidden}")
+        vectors: dict[str, tuple[Tensor, tuple[int, ...]]] = {"final_norm": (final_norm, (sizes.hidden,))}
         vectors |= {"cos": (cos, (sizes.positions, half)), "sin": (sin, (sizes.positions, half))}
         for number, block in enumerate(blocks):
             vectors |= {f"input_norm of layer {number}": (block.input_norm, (sizes.hidden,)), f"post_norm of layer {number}": (block.post_norm, (sizes.hidden,))}
         for name, (tensor, shape) in vectors.items():
             _must_be(name, tensor, shape)
         self._native = extension.Decoder(sizes.hidden, sizes.inner, sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.vocab, sizes.layers, sizes.positions, sizes.eps)
-        self._native.shared(pointer(embedding), pointer(final_norm), pointer(cos), pointer(sin))
+        self._native.shared(pointer(final_norm), pointer(cos), pointer(sin))
         for number, block in enumerate(blocks):
             self._native.norms(number, pointer(block.input_norm), pointer(block.post_norm))
             for name in LINEARS:
@@ -135,6 +138,8 @@ class Decoder:
         Raises:
             BadInput: a context longer than the model's positions, or an id outside the vocabulary; the cache is as before.
         """
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.sizes.vocab:
+            raise BadInput(f"a token id of {int(ids.max() if int(ids.min()) >= 0 else ids.min())}", f"it is outside the vocabulary of {self.sizes.vocab}")
         sequences, length = ids.shape
         if sequences != len(cache.length):
             raise BadInput(f"{sequences} sequences", f"the cache holds {len(cache.length)}")
@@ -151,15 +156,15 @@ class Decoder:
         return logits
 
     def _chunk(self, ids: Tensor, positions: Tensor, sequence: Tensor, column: Tensor, cache: KeyValues, first: int, logits: Tensor) -> None:
-        id_, position = ids[sequence, column].contiguous(), positions[sequence, column].contiguous()
+        x, position = self.embedding.take(ids[sequence, column]).contiguous(), positions[sequence, column].contiguous()
         wanted = (column >= first).nonzero()[:, 0]
         out = torch.empty(len(wanted), self.sizes.vocab)
-        tokens = (pointer(id_), pointer(sequence.contiguous()), pointer(position), len(id_))
+        tokens = (pointer(x), pointer(sequence.contiguous()), pointer(position), len(x))
         store = (pointer(cache.key), pointer(cache.value), len(cache.length), cache.capacity)
         try:
             self._native.step(*tokens, *store, pointer(wanted), len(wanted), pointer(out), torch.get_num_threads())
         except ValueError as error:
-            raise BadInput(f"a step of {len(id_)} tokens", str(error)) from error
+            raise BadInput(f"a step of {len(x)} tokens", str(error)) from error
         logits[sequence[wanted], column[wanted] - first] = out
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from rarefy.core.errors import BadFile
-from rarefy.core.roles import Layout
+from rarefy.core.roles import Layout, Rows
 from rarefy.testing.contract import contract
 
 SHAPES = ((1, 1), (7, 13), (16, 64), (9, 100))
@@ -52,6 +52,16 @@ def computes_what_the_dense_matrix_does(part: Layout) -> None:
             assert got.shape == want.shape
             close = torch.allclose(got, want, rtol=1e-4, atol=1e-4) if part.lossless else (got - want).norm() <= 0.02 * (want.norm() + weight.norm())
             assert close, f"{part!r}: {rows} x {columns}, batch {batch}: linear is not the dense product"
+
+
+@contract(Layout)
+def single_rows_are_those_of_the_dense_matrix(part: Layout) -> None:
+    for rows, columns in SHAPES:
+        weight = _weight(rows, columns, 0.5)
+        matrix = part.matrix(part.pack(weight), (rows, columns), weight.dtype)
+        if isinstance(matrix, Rows):
+            for ids in (torch.tensor([[rows - 1, 0], [rows // 2, 0]]), torch.zeros(0, dtype=torch.long), torch.tensor(rows - 1)):
+                assert torch.equal(matrix.take(ids), matrix.dense()[ids]), f"{part!r}: {rows} x {columns}, rows {ids.tolist()} are not those of the dense matrix"
 
 
 @contract(Layout)

@@ -27,6 +27,10 @@ class DenseMatrix:
         """The matrix itself."""
         return self.weight
 
+    def take(self, ids: Tensor) -> Tensor:
+        """Rows [..., I] of ids [...]."""
+        return self.weight[ids]
+
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``y = x W^T + b``: x [..., I] -> y [..., O]."""
         batch = x.numel() // self.columns

@@ -38,13 +38,22 @@ class GroupedMatrix:
         self.codes, self.scale, self.zero, self.present = codes, scale, zero, present
         self.rows, self.columns, self.bits = present.shape[0], columns, bits
         self.fast = native() is not None and codes.device.type == "cpu" and all(t.is_contiguous() for t in (codes, scale)) and stored > 0
+        self.start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         if self.fast:
-            self.start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
             self.skips = None if stored == self.rows * groups else present.contiguous()
 
     def dense(self) -> Tensor:
         """The matrix [O, I] as float32."""
         return reference.unpack(self.codes, self.scale, self.zero, self.present, self.columns, self.bits)
+
+    def take(self, ids: Tensor) -> Tensor:
+        """Rows [..., I] of ids [...], float32: only these are unpacked."""
+        wanted = ids.reshape(-1)
+        mask = mask_of(self.present[wanted], -(-self.columns // GROUP))
+        at = (self.start[wanted][:, None] + mask.cumsum(1) - 1)[mask]
+        rows = torch.zeros(*mask.shape, GROUP, device=self.codes.device)
+        rows[mask] = reference.values_of(self.codes[at], self.scale[at], None if self.zero is None else self.zero[at], self.bits)
+        return rows.flatten(1)[:, : self.columns].view(*ids.shape, self.columns)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``y = x W^T + b``: x [..., I] -> y [..., O].

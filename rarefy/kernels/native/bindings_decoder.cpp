@@ -25,8 +25,8 @@ struct Decoder {
     m.layers.resize(layers);
   }
 
-  void shared(Address embedding, Address final_norm, Address cos, Address sin) {
-    m.embedding = at<const float>(embedding, "embedding"), m.final_norm = at<const float>(final_norm, "final_norm");
+  void shared(Address final_norm, Address cos, Address sin) {
+    m.final_norm = at<const float>(final_norm, "final_norm");
     m.cos = at<const float>(cos, "cos"), m.sin = at<const float>(sin, "sin");
   }
 
@@ -47,12 +47,11 @@ struct Decoder {
     put(layer, where, grouped_of(codes, scale, zero, present, starts, stored, rows, columns, bits), rows, columns, bias);
   }
 
-  void run(Address ids, Address sequences, Address positions, i64 count, Address keys, Address values, i64 batch, i64 capacity, Address wanted, i64 many, Address logits,
+  void run(Address x, Address sequences, Address positions, i64 count, Address keys, Address values, i64 batch, i64 capacity, Address wanted, i64 many, Address logits,
            int threads) {
     need(count > 0 && many >= 0 && batch > 0 && capacity > 0, "a step has tokens, and a cache room for them");
-    const Tokens tokens{at<const i64>(ids, "ids"), at<const i64>(sequences, "sequences"), at<const i64>(positions, "positions"), count};
+    const Tokens tokens{at<const float>(x, "x"), at<const i64>(sequences, "sequences"), at<const i64>(positions, "positions"), count};
     for (i64 r = 0; r < count; r++) {
-      need(tokens.id[r] >= 0 && tokens.id[r] < m.vocab, "a token id is outside the vocabulary");
       need(tokens.sequence[r] >= 0 && tokens.sequence[r] < batch, "a token's sequence is outside the batch");
       need(tokens.position[r] >= 0 && tokens.position[r] < capacity && tokens.position[r] < m.positions, "a token's position is outside the cache or the context");
     }

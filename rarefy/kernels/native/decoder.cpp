@@ -29,7 +29,7 @@ public:
 
   void forward(const i64* wanted, i64 many, float* logits) {
     if (t == 0)
-      for (i64 r = 0; r < n; r++) std::memcpy(&s.x[r * m.hidden], m.embedding + tokens.id[r] * m.hidden, m.hidden * sizeof(float));
+      std::memcpy(s.x.data(), tokens.x, n * m.hidden * sizeof(float));
     wait();
     for (std::size_t l = 0; l < m.layers.size(); l++) layer(m.layers[l], i64(l));
     for (i64 r = 0; r < many; r++) norm(&s.x[wanted[r] * m.hidden], m.final_norm, &mine.in[r * m.hidden]);

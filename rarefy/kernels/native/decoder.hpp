@@ -1,4 +1,4 @@
-// One step of a Llama-family decoder: tokens in, logits out; any mixture of layouts per linear.
+// One step of a Llama-family decoder: embedded tokens in, logits out; any mixture of layouts per linear.
 #pragma once
 #include "kernels.hpp"
 #include <variant>
@@ -17,7 +17,6 @@ struct Layer {
 struct Model {
   i64 hidden, inner, heads, kv_heads, head_dim, vocab, positions;
   float eps;
-  const float* embedding;   // [vocab, hidden]
   const float* final_norm;  // [hidden]
   const float *cos, *sin;   // [positions, head_dim / 2]
   std::vector<Layer> layers;
@@ -30,9 +29,10 @@ struct Cache {
   i64 sequences, capacity;
 };
 
-// N tokens at once: token n of sequence `sequence[n]` stands at `position[n]`; those of one sequence ascend.
+// N tokens at once: token n of sequence `sequence[n]`, embedded as x[n], stands at `position[n]`; those of one sequence ascend.
 struct Tokens {
-  const i64 *id, *sequence, *position;
+  const float* x; // [N, hidden]
+  const i64 *sequence, *position;
   i64 count;
 };
 

@@ -33,7 +33,7 @@ class Hosted:
         model = loaded.model
         self.name, self.model, self.engine, self.cache = name, model, engine, cache
         self.tokenizer, self.vocabulary = loaded.tokenizer, model.config.vocab_size
-        self.precision = _precision(model) + ("" if head is None else f", head {head}")
+        self.precision = ", ".join([_precision(model), *_ends(model), *([] if head is None else [f"head {head}"])])
         self.density = _density(model)
         self.model_bytes = parameters_bytes(model)
 
@@ -123,6 +123,12 @@ def _precision(model: Any) -> str:
     return max(kinds, key=lambda kind: kinds[kind]) if kinds else "none"
 
 
+def _ends(model: Any) -> Iterator[str]:
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, Packed):
+        yield f"embeddings {embedding.layer.layout}"
+
+
 def _stored_as(module: Any) -> str:
     if isinstance(module, Int4Linear):
         return "int4"
@@ -143,5 +149,5 @@ def _density(model: Any) -> float:
 def _matrices(model: Any) -> Iterator[Any]:
     head = model.get_output_embeddings()
     for module in model.modules():
-        if isinstance(module, (nn.Linear, Packed, Int4Linear)) and module is not head:
+        if isinstance(module, (nn.Linear, Packed, Int4Linear)) and module is not head and module is not model.get_input_embeddings():
             yield module
