@@ -12,7 +12,7 @@ from rarefy.core.roles import Allocation, Criterion, Rewiring, Solver
 
 ROOT = Path(__file__).parent.parent / "rarefy"
 FILES = sorted(ROOT.rglob("*.py"))
-ORDER = ("core", "kernels", "layouts", "weights experts activations", "surgery", "runtime distributed", "hub", "recipes tasks probes", "cli")
+ORDER = ("core", "kernels", "layouts", "weights experts activations", "surgery", "runtime distributed", "hub", "recipes tasks probes", "search", "cli")
 RANK = {room: level for level, rooms in enumerate(ORDER) for room in rooms.split()}
 PARTS = {
     "__init__.py": len(ORDER),

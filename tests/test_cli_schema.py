@@ -20,7 +20,7 @@ from rarefy.kernels.library import native
 jsonschema = pytest.importorskip("jsonschema")
 transformers = pytest.importorskip("transformers")
 SCHEMAS = Path(__file__).parent.parent / "docs" / "schema"
-VERBS = ("prune", "pack", "eval", "generate", "compare", "optimize", "catalogue", "train", "methods", "cache", "report", "bench", "bench decode")
+VERBS = ("prune", "pack", "eval", "generate", "compare", "optimize", "catalogue", "train", "methods", "cache", "report", "bench", "bench decode", "optimize for speed")
 
 
 def model_folder(folder: Path) -> str:
@@ -78,6 +78,8 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
         "--scored",
         "600",
     ]
+    levers = ["--target", "speed", "--bits", "int8", "--recipes", "magnitude", "--allocations", "default", "--calibration", f"{tiny}/text.txt", "--calibration-tokens", "2048"]
+    commands["optimize for speed"] = [tiny, "--max-loss", "5%", "--out", str(folder / "fast"), *levers, *text]
     found = {}
     for verb, arguments in commands.items():
         out = StringIO()

@@ -14,23 +14,40 @@ from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, 
 from rarefy.cli.compare import scorer
 from rarefy.cli.loading import load, need_plain, window
 from rarefy.cli.main import app
-from rarefy.cli.output import bars, line, show, table
+from rarefy.cli.output import bars, err, line, megabytes, show, table
 from rarefy.cli.prune import need_tokenizer, to_device, versions
+from rarefy.core.discover import pick
 from rarefy.core.records import Recipe
 from rarefy.hub.atomic import check_target
+from rarefy.hub.cache import cache_dir
 from rarefy.hub.export import save_dense
 from rarefy.hub.load import Loaded
 from rarefy.hub.text import calibration_batches, heldout_ids
+from rarefy.layouts import LAYOUTS
+from rarefy.runtime.choose import Chooser
+from rarefy.search.optimize import Data, Levers, optimize_for
+from rarefy.search.targets import TARGETS, Target
 from rarefy.weights.optimize import optimize as search
 
+EPILOG = (
+    "Examples:  rarefy optimize demo --max-loss 5% --out small   ·   rarefy optimize DIR --max-loss 0.02 --recipes sparsegpt --out small --json   ·   "
+    "rarefy optimize demo --target speed --max-loss 5% --out fast"
+)
+FORMS = ("form", "precision", "density", "loss", "interval", "ok", "file_bytes", "tokens_per_s", "over_base", "spread", "over_dense")
 
-@app.command(epilog="Examples:  rarefy optimize demo --max-loss 5% --out small   ·   rarefy optimize DIR --max-loss 0.02 --recipes sparsegpt --out small --json")
+
+@app.command(epilog=EPILOG)
 def optimize(
     model: Model,
     out: Out,
     max_loss: Annotated[str, typer.Option(help="Relative rise in held-out perplexity, e.g. 5%; the point estimate decides, its interval is printed.")] = "5%",
     recipes: Annotated[str, typer.Option(help="Candidates, separated by commas: each is searched over density.")] = "sparsegpt",
     allocations: Annotated[str, typer.Option(help="Allocations to search with each recipe; 'default' is the recipe's own.")] = "default,global",
+    target: Annotated[
+        str | None, typer.Option(help="What to win: speed, size or memory, by all levers, measured and packed; default: the sparsest weights, a plain folder.")
+    ] = None,
+    bits: Annotated[str, typer.Option(help="With --target: layouts with fewer bits to try, separated by commas; none for none.")] = "int8,int4,int4-asymmetric",
+    gates: Annotated[str, typer.Option(help="With --target speed: gatings to try, each searched over density; none for none.")] = "cats",
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = 8192,
     text: Text = None,
@@ -40,12 +57,21 @@ def optimize(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """The sparsest form of a model that loses at most so much, written as a plain folder."""
+    """The sparsest form of a model that loses at most so much, as a plain folder; or (--target) its fastest, smallest or leanest one, packed."""
     budget, chosen = names.share(max_loss), candidates(names.listed(recipes), names.listed(allocations))
     check_target(Path(out), force=force)
     loaded = load(model, device=device)
     need_plain(loaded)
     need_tokenizer(loaded)
+    if target is not None:
+        wanted = pick(TARGETS, target, "target")
+        levers = Levers(bits=tuple(_some(bits)), recipes=tuple(chosen), gatings=tuple(names.gating(gate) for gate in _some(gates)))
+        for name in levers.bits:
+            pick(LAYOUTS, name, "layout")
+        with bars(as_json) as progress:
+            found = aim(loaded, wanted, levers, budget, calibration, calibration_tokens, text, tokens, seed, out, force, progress)
+        show({**found, "target": target, "out": out}, as_json, draw_forms)
+        return
     with bars(as_json) as progress:
         record = run(loaded, budget, chosen, calibration, calibration_tokens, text, tokens, device, seed, out, force, progress)
     show({**record, "out": out}, as_json, draw)
@@ -85,6 +111,44 @@ def run(
     save_dense(loaded.model, loaded.tokenizer, out, force=force, record=saved, timings={"optimize_s": time.monotonic() - began})
     journal.unlink(missing_ok=True)
     return record
+
+
+def _some(text: str) -> list[str]:
+    return [] if text == "none" else names.listed(text)
+
+
+def aim(
+    loaded: Loaded,
+    target: Target,
+    levers: Levers,
+    budget: float,
+    calibration: str | None,
+    calibration_tokens: int,
+    text: str | None,
+    tokens: int,
+    seed: int,
+    out: str,
+    force: bool,
+    progress: Any,
+) -> dict[str, Any]:
+    room = window(loaded)
+    batches = calibration_batches(loaded.tokenizer, calibration_tokens, room, seed, calibration)
+    data = Data(batches, heldout_ids(loaded.tokenizer, tokens, text), loaded.tokenizer.bos_token_id, room)
+    chooser = Chooser((1,), cache_dir() / "layouts.json")
+    return optimize_for(loaded, data, target, levers, Path(out), max_loss=budget, layout=chooser, force=force, seed=seed, progress=progress)
+
+
+def draw_forms(record: dict[str, Any]) -> None:
+    rows = [{**row, "over_base": row["over_base"], "spread": [row["over_base_min"], row["over_base_max"]]} for row in record["forms"]]
+    table(rows, FORMS, f"within {record['max_loss']:.1%} of relative perplexity; over_base: how many times as fast as the same bits with nothing left out")
+    best = next(row for row in record["forms"] if row["form"] == record["chosen"])
+    low, high = record["interval"]
+    line(
+        f"{record['chosen']}: {best['tokens_per_s']:.4g} tokens/s, {megabytes(best['file_bytes'])}, loss {record['loss']:.2%} (95%: {low:.2%} to {high:.2%}); "
+        f"written to {record['out']}"
+    )
+    if record["warning"]:
+        err.print(f"warning: {record['warning']}", highlight=False, soft_wrap=True)
 
 
 def draw(record: dict[str, Any]) -> None:

@@ -40,26 +40,37 @@ def race(
         raise BadInput(f"{len(racers)} models in {rounds} rounds", "a race takes at least two models and five rounds")
     if len({racer.vocabulary for racer in racers}) > 1:
         raise BadInput(", ".join(f"{racer.name} with {racer.vocabulary} tokens" for racer in racers), "models that race score the same token ids")
-    windows = _windows(heldout, bos)
+    windows = cut(heldout, bos)
     warning, steps = busy(), len(racers) + rounds
     note = progress or (lambda done, all, what: None)
     perplexities = []
     for number, racer in enumerate(racers):
         note(number, steps, f"score {racer.name}")
         perplexities.append(_perplexity(racer.nll(windows)))
-    seconds: list[list[float]] = [[] for _ in racers]
-    for number in range(rounds + 1):
-        note(len(racers) + max(number - 1, 0), steps, f"round {number}")
-        for racer, found in zip(racers, seconds, strict=True):
-            took = racer.time(prompt, tokens)
-            if number:
-                found.append(took)
+    seconds = rounds_of(racers, prompt, tokens, rounds, lambda done, all, what: note(len(racers) + done, steps, what))
     rows = [_row(racers[0], seconds[0], *each, warning) for each in zip(racers, seconds, perplexities, strict=True)]
     common = {"scored": sum(len(window) - 1 for window in windows), "tokens": tokens, "rounds": rounds, "torch": torch.__version__}
     return [{**row, **common, "dominated_by": next((other["model"] for other in rows if _dominates(other, row)), None)} for row in rows]
 
 
-def _windows(ids: Tensor, bos: int | None) -> list[Tensor]:
+def rounds_of(racers: Sequence[Racer], prompt: Tensor, tokens: int, rounds: int, progress: Callable[[int, int, str], None]) -> list[list[float]]:
+    """Seconds a token of every racer, round by round: each round times each racer once, in turn; a first round warms up and is dropped."""
+    seconds: list[list[float]] = [[] for _ in racers]
+    for number in range(rounds + 1):
+        progress(max(number - 1, 0), rounds, f"round {number}")
+        for racer, found in zip(racers, seconds, strict=True):
+            took = racer.time(prompt, tokens)
+            if number:
+                found.append(took)
+    return seconds
+
+
+def cut(ids: Tensor, bos: int | None = None) -> list[Tensor]:
+    """Windows of at most 256 tokens, each beginning with BOS where there is one; none of a single token.
+
+    >>> [window.tolist() for window in cut(torch.arange(2), bos=9)]
+    [[9, 0, 1]]
+    """
     head = ids.new_tensor([] if bos is None else [bos])
     found = [torch.cat([head, part]) for part in ids.split(WINDOW - len(head))]
     return [window for window in found if len(window) > 1]

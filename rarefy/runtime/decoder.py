@@ -104,6 +104,10 @@ class Decoder:
             raise BadInput(f"{name} of layer {layer}", "the decoder computes with float32 matrices on the CPU", "load the model with dtype float32")
         if bias is not None:
             _must_be(f"bias of {name} of layer {layer}", bias, (matrix.rows,))
+        if not hasattr(self._native, matrix.kind):
+            raise BadInput(
+                f"{name} of layer {layer} in {matrix.kind}", "the native decoder has no product for it", "pack it in another layout, or run the model through transformers"
+            )
         try:
             getattr(self._native, matrix.kind)(layer, name, *matrix.arguments(), pointer(bias))
         except ValueError as error:
