@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,8 +15,18 @@ from rarefy.layouts.flat import Flat
 from rarefy.layouts.sections import aligned
 
 
+class ByColumns(Layout):
+    """A layout whose matrices do not read a column that meets a zero. `rows` names the layout that holds the same values by rows."""
+
+    rows: ClassVar[str]
+
+    @abstractmethod
+    def turn(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """The bytes that hold, by columns, every value of bytes in the layout `rows`."""
+
+
 @dataclass(frozen=True)
-class Columns(Layout):
+class Columns(ByColumns):
     """``up64(O * I * itemsize)`` bytes, whatever is zero: the layout `flat` of the transposed matrix [I, O].
 
     It is what a gate before the matrix makes faster: a column that meets a zero is not read.
@@ -24,6 +36,7 @@ class Columns(Layout):
     """
 
     name = "columns"
+    rows = Flat.name
     lossless = True
 
     def size(self, shape: tuple[int, int], kept: int, dtype: torch.dtype) -> int:
@@ -31,6 +44,9 @@ class Columns(Layout):
 
     def pack(self, weight: Tensor) -> Tensor:
         return Flat().pack(weight.t())
+
+    def turn(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        return self.pack(Flat().unpack(packed, shape, dtype))
 
     def check(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype, name: str) -> None:
         Flat().check(packed, shape, dtype, name)

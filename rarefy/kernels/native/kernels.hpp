@@ -86,6 +86,7 @@ struct Kernels {
   // y [B, O] = x [B, I] W^T (+ bias [O]) for the output rows from .. to
   void (*bitmask)(const Bitmask&, const float* x, const float* bias, float* y, i64 batch, i64 from, i64 to);
   void (*dense)(const Dense&, const float* x, const float* bias, float* y, i64 batch, i64 from, i64 to);
+  void (*dense_some)(const Dense&, const float* x, float* y, const i64* rows, i64 count); // only these rows of y, for one row of x
   void (*columns)(const Columns&, const float* x, const float* bias, float* y, i64 batch, i64 from, i64 to);
   void (*grouped)(const Grouped&, const Rounded& x, const float* bias, float* y, i64 batch, i64 from, i64 to);
   void (*round)(const float* x, i64 batch, i64 columns, const Rounded& out);
