@@ -10,21 +10,29 @@ import typer
 from rarefy.cli.arguments import Json
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, err, show, table
+from rarefy.core.discover import pick
 from rarefy.core.errors import BadInput, Refused
 from rarefy.probes.bench import MEMORY, PEERS, Subject
-from rarefy.probes.bench import bench as run
+from rarefy.probes.bench import bench as bench_linear
+from rarefy.probes.skip_bench import bench_skip
+
+OPS = {"linear": bench_linear, "skip": bench_skip}
 
 COLUMNS = ("layout", "pattern", "shape", "density", "batch", "peer", "ratio", "ratio_spread", "us", "us_peer", "gb_per_s")
 
 
-@app.command(epilog="Examples:  rarefy bench --layout bitmask,csr --density 0.5,0.1 --batch 1,64   ·   rarefy bench --layout block@block:4x1,n_m@2:4 --peer torch,own-dense --json")
+@app.command(
+    epilog="Examples:  rarefy bench --layout bitmask,csr --density 0.5,0.1 --batch 1,64   ·   rarefy bench --layout block@block:4x1,n_m@2:4 --peer torch,own-dense --json   ·   rarefy bench --op skip --layout columns --density 0.5,0.25"
+)
 def bench(
-    op: Annotated[str, typer.Option(help="What is timed; linear is all there is.")] = "linear",
+    op: Annotated[
+        str, typer.Option(help="What is timed: linear, products with sparse weights; skip, with dense weights and zeros in x, of which --density is the rest.")
+    ] = "linear",
     layout: Annotated[str, typer.Option(help="Layouts, comma-separated; LAYOUT@PATTERN for weights that have a structure.")] = "bitmask,csr",
     shape: Annotated[str, typer.Option(help="Shapes OUTxIN, comma-separated.")] = "2048x8192",
-    density: Annotated[str, typer.Option(help="Shares of weights that are kept, comma-separated.")] = "0.5",
+    density: Annotated[str, typer.Option(help="Shares of weights (skip: of inputs) that are not zero, comma-separated.")] = "0.5",
     batch: Annotated[str, typer.Option(help="Rows of x, comma-separated.")] = "1",
-    peer: Annotated[str, typer.Option(help=f"What to compare with, comma-separated: {', '.join(PEERS)}.")] = "torch,own-dense",
+    peer: Annotated[str, typer.Option(help=f"What to compare with, comma-separated: {', '.join(PEERS)}; for skip any layout too.")] = "torch,own-dense",
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; their median is reported.", min=5)] = 7,
     memory: Annotated[int, typer.Option(help="Bytes for copies of the weights, which keep them out of cache.", min=1)] = MEMORY,
     max_load: Annotated[float | None, typer.Option(help="Refuse above this load a core; default: warn above 0.5.")] = None,
@@ -32,8 +40,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Sparse products against dense ones on this machine, each checked before it is timed."""
-    if op != "linear":
-        raise BadInput(f"op {op!r}", "the only one is linear", "pass --op linear")
+    run = pick(OPS, op, "op")
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     if max_load is not None and load > max_load:
         raise Refused(f"a load of {load:.2f} a core", f"this run is to refuse above {max_load:g}", "wait until the machine is quiet")

@@ -126,11 +126,7 @@ def bench(
     Raises:
         BadInput: an unknown peer, fewer than 5 rounds, a density outside (0, 1].
     """
-    if rounds < 5:
-        raise BadInput(f"{rounds} rounds", "a median with its spread takes at least 5", "pass rounds=5 or more")
-    for density in densities:
-        if not 0 < density <= 1:
-            raise BadInput(f"density {density}", "a density is in (0, 1]")
+    checked(rounds, densities)
     made = {name: pick(PEERS, name, "peer") for name in peers}
     cases = [(subject, shape, density) for subject in subjects for shape in shapes for density in densities]
     rows: list[dict[str, Any]] = []
@@ -138,9 +134,21 @@ def bench(
         if progress:
             progress(number, len(cases), f"{subject.layout} {shape[0]}x{shape[1]} at {density:g}")
         rows += _case(subject, shape, density, batches, made, rounds, seed, memory)
-    extension = native()
-    machine = {"torch": torch.__version__, "cache_bytes": cache_bytes(), "native": extension is not None}
-    return {"rows": rows, "summary": {**machine, "rounds": rounds, "wrong": sum(row["ratio"] is None for row in rows)}}
+    return {"rows": rows, "summary": summary(rows, rounds)}
+
+
+def summary(rows: Sequence[Mapping[str, Any]], rounds: int) -> dict[str, Any]:
+    """What a record says of all its rows."""
+    return {"torch": torch.__version__, "cache_bytes": cache_bytes(), "native": native() is not None, "rounds": rounds, "wrong": sum(row["ratio"] is None for row in rows)}
+
+
+def checked(rounds: int, densities: Sequence[float]) -> None:
+    """Raise BadInput for fewer than 5 rounds or a density outside (0, 1]."""
+    if rounds < 5:
+        raise BadInput(f"{rounds} rounds", "a median with its spread takes at least 5", "pass rounds=5 or more")
+    for density in densities:
+        if not 0 < density <= 1:
+            raise BadInput(f"density {density}", "a density is in (0, 1]")
 
 
 def _case(
@@ -149,18 +157,18 @@ def _case(
     weight = subject.weight(shape, density, seed)
     layout, share = LAYOUTS[subject.layout], memory // (1 + len(peers))
     packed = layout.pack(weight)
-    ours = _contestant(lambda: layout.matrix(packed.clone(), shape, weight.dtype).linear, packed.numel(), share)
-    others = {name: _contestant(lambda make=make: make(weight.clone()), weight.numel() * weight.element_size(), share) for name, make in peers.items()}  # type: ignore[misc]
+    ours = contestant(lambda: layout.matrix(packed.clone(), shape, weight.dtype).linear, packed.numel(), share)
+    others = {name: contestant(lambda make=make: make(weight.clone()), weight.numel() * weight.element_size(), share) for name, make in peers.items()}  # type: ignore[misc]
     cached = any(len(c.copies) * c.size < cache_bytes() for c in (ours, *others.values()))
     means = layout.unpack(packed, shape, weight.dtype)
     for batch in batches:
         x = torch.randn(batch, shape[1], generator=Generator().manual_seed(seed + 1))
-        right = {name: _right(c.copies[0](x), x, w, exact) for name, c, w, exact in _to_check(ours, others, means, weight, layout)}
+        right = {name: is_product(c.copies[0](x), x, w, exact) for name, c, w, exact in _to_check(ours, others, means, weight, layout)}
         timed = {"": ours, **{name: other for name, other in others.items() if right[name]}}
-        seconds = _interleaved(timed, x, rounds) if right[""] else {}
+        seconds = interleaved(timed, x, rounds) if right[""] else {}
         for name in peers:
             head = {"op": "linear", "layout": subject.layout, "pattern": subject.pattern, "shape": list(shape), "density": int((weight != 0).sum()) / weight.numel()}
-            yield {**head, "batch": batch, "peer": name, **_figures(seconds.get(""), seconds.get(name), packed.numel()), **_where(cached, right[""] and right[name])}
+            yield {**head, "batch": batch, "peer": name, **figures(seconds.get(""), seconds.get(name), packed.numel()), **conditions(cached, right[""] and right[name])}
 
 
 def _to_check(ours: Contestant, others: Mapping[str, Contestant], means: Tensor, weight: Tensor, layout: Layout) -> Iterator[tuple[str, Contestant, Tensor, bool]]:
@@ -169,13 +177,13 @@ def _to_check(ours: Contestant, others: Mapping[str, Contestant], means: Tensor,
         yield name, other, weight, True
 
 
-def _contestant(make: Callable[[], Product], size: int, memory: int) -> Contestant:
-    """As many copies as pass through the cache twice, within the memory."""
+def contestant(make: Callable[[], Product], size: int, memory: int) -> Contestant:
+    """One with as many copies as pass through the cache twice, within the memory."""
     wanted = min(memory, 2 * cache_bytes())
     return Contestant([make() for _ in range(max(1, min(wanted // max(size, 1), 256)))], size)
 
 
-def _right(y: Tensor, x: Tensor, weight: Tensor, exact: bool) -> bool:
+def is_product(y: Tensor, x: Tensor, weight: Tensor, exact: bool) -> bool:
     """Whether y is the float64 product, to float32 sums; to the rounding of x to 8 bits where the layout computes with it."""
     want = F.linear(x.double(), weight.double())
     if exact:
@@ -184,7 +192,7 @@ def _right(y: Tensor, x: Tensor, weight: Tensor, exact: bool) -> bool:
     return y.shape == want.shape and bool((y.double() - want).norm() <= 0.02 * want.norm())
 
 
-def _interleaved(contestants: Mapping[str, Contestant], x: Tensor, rounds: int) -> dict[str, list[float]]:
+def interleaved(contestants: Mapping[str, Contestant], x: Tensor, rounds: int) -> dict[str, list[float]]:
     """Seconds a call by name, round by round: every round times each contestant once, in turn."""
     calls = {name: max(1, math.ceil(SHORTEST / max(c.time(x, 2), 1e-9))) for name, c in contestants.items()}
     found: dict[str, list[float]] = {name: [] for name in contestants}
@@ -194,7 +202,8 @@ def _interleaved(contestants: Mapping[str, Contestant], x: Tensor, rounds: int) 
     return found
 
 
-def _figures(ours: list[float] | None, peer: list[float] | None, size: int) -> dict[str, Any]:
+def figures(ours: list[float] | None, peer: list[float] | None, size: float) -> dict[str, Any]:
+    """What a row says of two contestants' seconds and the bytes that ours reads."""
     if ours is None or peer is None:
         return dict.fromkeys(("ratio", "ratio_spread", "us", "us_peer", "gb_per_s"))
     ratios = [b / a for a, b in zip(ours, peer, strict=True)]
@@ -203,7 +212,8 @@ def _figures(ours: list[float] | None, peer: list[float] | None, size: int) -> d
     return {"ratio": statistics.median(ratios), "ratio_spread": spread, "us": us, "us_peer": statistics.median(peer) * 1e6, "gb_per_s": size / us / 1e3}
 
 
-def _where(cached: bool, right: bool) -> dict[str, Any]:
+def conditions(cached: bool, right: bool) -> dict[str, Any]:
+    """What a row says of the machine and of how far it can be trusted."""
     extension = native()
     words = [busy(), "weights may lie in cache: their copies are smaller than it" if cached else None, None if right else "the result is wrong: no speed is given"]
     return {"threads": torch.get_num_threads(), "isa": extension.isa() if extension else None, "warning": "; ".join(w for w in words if w) or None}
