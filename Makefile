@@ -49,7 +49,7 @@ sanitize: install
 	rm -rf build/sanitized && $(PIP) wheel -q . --no-deps -w build/sanitized -C cmake.define.RAREFY_SANITIZE=ON -C build-dir=build/sanitize
 	$(BIN)/python -m zipfile -e build/sanitized/rarefy-*.whl build/sanitized
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
-	  RAREFY_REQUIRE_NATIVE=1 $(BIN)/python .ci/against.py build/sanitized -m pytest tests/test_kernels.py tests/test_kernels_sparse.py --noconftest -k "not openmp and not compiled"
+	  RAREFY_REQUIRE_NATIVE=1 $(BIN)/python .ci/against.py build/sanitized -m pytest tests/test_kernels.py tests/test_kernels_sparse.py tests/test_kernels_columns.py --noconftest -k "not openmp and not compiled"
 
 # An install without a C++ compiler is pure Python, and works.
 without-compiler: install

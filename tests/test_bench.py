@@ -12,6 +12,7 @@ from rarefy.core.errors import BadInput
 from rarefy.probes import bench as probe
 from rarefy.probes.bench import PEERS, Contestant, Subject, Work, bench
 from rarefy.probes.roofline import roofline
+from rarefy.probes.skip_bench import bench_skip
 
 SMALL = {"memory": 200_000, "rounds": 5}
 
@@ -33,7 +34,7 @@ def test_every_layout_against_every_peer():
 
 
 def test_ratio_is_the_peer_over_the_layout():
-    figures = probe._figures([1e-6, 2e-6, 4e-6], [3e-6, 3e-6, 3e-6], Work(8000, 0, 0))
+    figures = probe.figures([1e-6, 2e-6, 4e-6], [3e-6, 3e-6, 3e-6], Work(8000, 0, 0))
     assert figures["ratio"] == pytest.approx(1.5) and [figures["ratio_min"], figures["ratio_max"]] == pytest.approx([0.75, 3.0])
     assert figures["ours_us"] == pytest.approx(2.0) and figures["gb_per_s"] == pytest.approx(4.0)
     assert figures["roofline"] == pytest.approx(4e9 / roofline().bytes_per_s)
@@ -63,9 +64,9 @@ def test_calls_rotate_over_the_copies():
 
 def test_copies_pass_through_the_cache_twice_within_the_memory(monkeypatch):
     monkeypatch.setattr(probe, "cache_bytes", lambda: 1000)
-    assert len(probe._contestant(lambda: torch.ones, 100, 10**9).copies) == 20
-    assert len(probe._contestant(lambda: torch.ones, 100, 500).copies) == 5
-    assert len(probe._contestant(lambda: torch.ones, 100, 50).copies) == 1
+    assert len(probe.contestant(lambda: torch.ones, 100, 10**9).copies) == 20
+    assert len(probe.contestant(lambda: torch.ones, 100, 500).copies) == 5
+    assert len(probe.contestant(lambda: torch.ones, 100, 50).copies) == 1
 
 
 def test_the_cache_is_the_largest_one(tmp_path):
@@ -86,7 +87,9 @@ def test_the_cache_is_the_largest_one(tmp_path):
         (["--batch", "0"], "above 0"),
         (["--batch", "1.5"], "whole numbers"),
         (["--peer", "cublas"], "known are torch"),
-        (["--op", "conv"], "linear"),
+        (["--op", "conv"], "known are linear, skip"),
+        (["--op", "skip", "--layout", "n_m@2:4"], "the weights are dense"),
+        (["--op", "skip", "--layout", "columns", "--peer", "cublas"], "known are torch"),
         (["--max-load", "-1"], "refuse above -1"),
     ],
 )
@@ -104,3 +107,23 @@ def test_a_table_for_people(capsys):
     assert main(["bench", "--layout", "csr", "--shape", "8x64", "--memory", "100000", "--rounds", "5"]) == 0
     out = capsys.readouterr().out
     assert "own-dense" in out and "8x64" in out
+
+
+def test_zeros_of_the_input_are_timed_against_products_that_read_everything(capsys):
+    arguments = ["--op", "skip", "--layout", "columns", "--shape", "24x96", "--density", "0.25", "--batch", "1,3", "--peer", "own-dense,int8", "--memory", "100000"]
+    assert main(["bench", *arguments, "--rounds", "5", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["batch"], row["peer"]) for row in rows] == [(1, "own-dense"), (1, "int8"), (3, "own-dense"), (3, "int8")]
+    for row in rows:
+        assert row["op"] == "skip" and row["density"] == 0.25 and row["ratio"] > 0
+    one = rows[0]
+    assert one["gb_per_s"] * one["ours_us"] * 1e3 == pytest.approx(24 * 96 * 4 * 0.25)
+
+
+def test_no_speed_behind_a_wrong_skip(monkeypatch):
+    from rarefy.kernels.columns import ColumnsMatrix
+
+    right = ColumnsMatrix.linear
+    monkeypatch.setattr(ColumnsMatrix, "linear", lambda self, x, bias=None: right(self, x, bias) + 0.01)
+    record = bench_skip([Subject("columns")], [(8, 64)], [0.5], [1], ["torch-dense"], rounds=5, memory=10_000)
+    assert record[0]["ratio"] is None and "result is wrong" in record[0]["warning"]

@@ -7,13 +7,21 @@ import copy
 import pytest
 import torch
 
+from rarefy.activations.gates.channel_threshold import ChannelThreshold
+from rarefy.activations.gates.threshold import Threshold
+from rarefy.activations.gates.topk import TopK
+from rarefy.activations.gates.topk_ste import StraightTopK
+from rarefy.activations.rows import collect_rows
+from rarefy.core.attach import attach_gate, gated
 from rarefy.core.errors import BadInput, Refused
 from rarefy.kernels.library import available, instruction_set, native
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(native() is None, reason="the native kernels were not built here")
 
-from rarefy.hub.decoder import DecoderCache, use_decoder  # noqa: E402
+from rarefy.hub.decoder import PLACES, UNITS, DecoderCache, use_decoder  # noqa: E402
+from rarefy.hub.load import load  # noqa: E402
+from rarefy.hub.packed import save_packed  # noqa: E402
 
 
 def llama(**changes):
@@ -159,3 +167,174 @@ def test_other_models_hooks_and_dtypes_are_refused():
     out = fast(torch.ones(1, 4, dtype=torch.long), use_cache=True)
     with pytest.raises(Refused, match="output_attentions with a decoder cache"):
         fast(torch.ones(1, 1, dtype=torch.long), past_key_values=out.past_key_values, use_cache=True, output_attentions=True)
+
+
+GATES = {
+    "threshold": lambda: Threshold(density=0.5),
+    "channels": lambda: ChannelThreshold(density=0.5),
+    "topk": lambda: TopK(0.4),
+    "blocks": lambda: StraightTopK(0.5, block=4),
+}
+
+
+def gated_pair(places, gate, turn=lambda model: model, **changes):
+    """A model with gates calibrated on its own activations, and a copy that decodes in native code."""
+    model = llama(**changes)
+    ids = torch.randint(1, 61, (2, 60))
+    paths = [f"model.layers.{n}.{place}" for n in range(3) for place in places]
+    for path, rows in collect_rows(model, paths, [{"input_ids": ids}]).items():
+        mine = gate()
+        mine.calibrate(rows)
+        attach_gate(model, path, mine)
+    model = turn(model)
+    fast = copy.deepcopy(model)
+    for place, mine in gated(model).items():
+        if mine.stored:
+            gated(fast)[place].threshold = mine.threshold.clone()
+    return model, use_decoder(fast)
+
+
+def decoded(fast, ids, prompt):
+    out = fast(ids[:, :prompt], use_cache=True)
+    got = [out.logits]
+    for t in range(prompt, ids.shape[1]):
+        out = fast(ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
+        got.append(out.logits)
+    return torch.cat(got, 1)
+
+
+LINEAR_PLACES = tuple(PLACES.values())
+
+
+@pytest.mark.parametrize("places", [LINEAR_PLACES, (UNITS,), (*LINEAR_PLACES, UNITS), ("self_attn.k_proj", "mlp.down_proj")], ids=["linears", "units", "all", "two"])
+@pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
+def test_gated_logits_are_transformers_over_many_steps(gate, places):
+    plain, fast = gated_pair(places, gate)
+    ids = torch.randint(1, 61, (1, 90))
+    with torch.no_grad():
+        want, dense = plain(ids).logits, llama()(ids).logits
+    got = decoded(fast, ids, 40)
+    assert (dense - want).abs().max() > 1e-2  # the gates do something
+    assert (got - want).abs().max() < 1e-3
+    assert fast.model.layers[1].mlp.down_proj.weight.stride() == (1, 48)
+
+
+@pytest.mark.parametrize("isa", available())
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gated_prompts_with_padding_are_transformers(isa, threads):
+    plain, fast = gated_pair((*LINEAR_PLACES, UNITS), GATES["threshold"])
+    ids, mask, before = torch.randint(1, 61, (3, 12)), torch.ones(3, 12, dtype=torch.long), torch.get_num_threads()
+    for row, pads in enumerate((0, 3, 7)):
+        ids[row, :pads], mask[row, :pads] = 0, 0
+    try:
+        torch.set_num_threads(threads)
+        with instruction_set(isa):
+            assert torch.equal(*(model.generate(ids, attention_mask=mask, max_new_tokens=25) for model in (plain, fast)))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_closed_unit_spares_its_row_of_up_and_its_column_of_down():
+    model = llama(num_hidden_layers=1)
+    mlp = model.model.layers[0].mlp
+    open_, shut = torch.zeros(100), torch.full((100,), float("inf"))
+    attach_gate(model, f"model.layers.0.{UNITS}", gate := ChannelThreshold(channels=100))
+    gate.threshold = torch.where(torch.arange(100) % 3 == 0, open_, shut)
+    with torch.no_grad():
+        want = model(ids := torch.randint(1, 61, (1, 20))).logits
+        mlp.up_proj.weight[gate.threshold > 0] = float("nan")
+        mlp.down_proj.weight[:, gate.threshold > 0] = float("nan")
+        assert (decoded(use_decoder(model), ids, 7) - want).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("layout", ["flat", "columns", "bitmask"])
+def test_gated_packed_folders_decode_as_transformers_does(layout, tmp_path):
+    def packed(model):
+        save_packed(model, None, tmp_path / "packed", layout)
+        return load(tmp_path / "packed").model
+
+    plain, fast = gated_pair((*LINEAR_PLACES, UNITS), GATES["channels"], packed)
+    size = sum(p.numel() * p.element_size() for p in plain.parameters())
+    assert sum(p.numel() * p.element_size() for p in fast.parameters()) == size
+    ids = torch.randint(1, 61, (1, 40))
+    with torch.no_grad():
+        assert (decoded(fast, ids, 15) - decoded(plain, ids, 15)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("layout", ["int8", "int4", "int4-asymmetric"])
+def test_gated_integer_layers_decode_as_transformers_does(layout, tmp_path):
+    """Short texts: x is rounded to 8 bits, so that a difference in the last bit may become one of 1/127 in some entry, and that one grows."""
+
+    def packed(model):
+        save_packed(model, None, tmp_path / "packed", layout)
+        return load(tmp_path / "packed").model
+
+    plain, fast = gated_pair((*LINEAR_PLACES, UNITS), GATES["channels"], packed)
+    with torch.no_grad():
+        texts = torch.randint(1, 61, (24, 1, 4))
+        errors = torch.stack([(decoded(fast, ids, 2) - decoded(plain, ids, 2)).abs().amax((0, 2)) for ids in texts])
+    assert (errors < 1e-3).double().mean() > 0.9
+
+
+def test_a_turned_layer_no_longer_saves_as_the_layer_of_its_plan(tmp_path):
+    model = llama()
+    attach_gate(model, "model.layers.0.mlp.down_proj", TopK(0.5))
+    save_packed(model, None, tmp_path / "packed", "flat")
+    fast = use_decoder(load(tmp_path / "packed").model)
+    assert fast.model.layers[0].mlp.down_proj.layer.layout == "columns"
+    with pytest.raises(Refused, match="not the packed layer of the plan any more"):
+        fast.save_pretrained(tmp_path / "again")
+
+
+def test_turned_weights_are_decoded_again_and_saved_as_they_were(tmp_path):
+    model = llama()
+    weight = model.model.layers[0].mlp.down_proj.weight.detach().clone()
+    attach_gate(model, "model.layers.0.mlp.down_proj", TopK(0.5))
+    ids = torch.randint(1, 61, (1, 9))
+    first, again = (use_decoder(model)(ids, use_cache=True).logits for _ in range(2))
+    assert torch.equal(first, again) and torch.equal(model.model.layers[0].mlp.down_proj.weight, weight)
+    save_packed(model, None, tmp_path / "packed", "flat")
+    assert (load(tmp_path / "packed").model(ids).logits - first).abs().max() < 1e-3
+
+
+class Odd(Threshold):
+    name = "odd"
+
+    def keep(self, x):
+        return x > 0
+
+
+@pytest.mark.parametrize(
+    ("place", "gate", "message"),
+    [
+        ("model.layers.1.mlp.up_proj", Odd, "model.layers.1 up has a odd gate: the native decoder computes threshold, channel-threshold, topk, straight-topk"),
+        (f"model.layers.1.{UNITS}", Odd, "model.layers.1 units has a odd gate"),
+        ("model.layers.1.mlp.act_fn", Threshold, "the gate on model.layers.1.mlp.act_fn: the native decoder computes gates on what"),
+        ("model.layers.0.mlp.up_proj:output", Threshold, "the gate on model.layers.0.mlp.up_proj:output"),
+        ("lm_head", Threshold, "the gate on lm_head"),
+        ("model.norm", Threshold, "the gate on model.norm"),
+        ("model.layers.0.mlp.down_proj", lambda: ChannelThreshold(channels=7), "model.layers.0 down has 7 thresholds: it reads 100 channels"),
+        ("model.layers.0.mlp.down_proj", lambda: StraightTopK(0.5, block=7), "model.layers.0 down keeps some of every 7 activations: it reads 100"),
+    ],
+)
+def test_gates_it_does_not_compute_are_refused_by_name(place, gate, message):
+    model = llama()
+    attach_gate(model, place, gate())
+    with pytest.raises(BadInput, match=message):
+        use_decoder(model)
+
+
+def test_of_equal_magnitudes_the_first_are_kept():
+    model = llama(num_hidden_layers=1, intermediate_size=64)
+    mlp = model.model.layers[0].mlp
+    with torch.no_grad():
+        for half in (mlp.gate_proj.weight, mlp.up_proj.weight):
+            half[32:] = half[:32]  # every unit twice
+    attach_gate(model, "model.layers.0.mlp.down_proj", TopK(15 / 64))
+    ids = torch.randint(1, 61, (1, 30))
+    with torch.no_grad():
+        want = model(ids).logits
+        mlp.down_proj.weight[:, 32:] *= 1e3  # of the 15 kept, the last one is a first of two
+        assert (model(ids).logits - want).abs().max() > 1
+        mlp.down_proj.weight[:, 32:] /= 1e3
+        assert (decoded(use_decoder(model), ids, 10) - want).abs().max() < 1e-3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -16,11 +17,12 @@ from rarefy.cli.output import bars, err, show, table
 from rarefy.core.discover import pick
 from rarefy.core.errors import BadInput, Refused
 from rarefy.probes.bench import MEMORY, PEERS, Subject
-from rarefy.probes.bench import bench as run
+from rarefy.probes.bench import bench as bench_linear
+from rarefy.probes.skip_bench import bench_skip
 
 EPILOG = (
     "Examples:  rarefy bench --layout bitmask,csr --density 0.5,0.1 --batch 1,64   ·   rarefy bench --layout block@block:4x1,n_m@2:4 --peer torch-dense,own-dense --json   ·   "
-    "rarefy bench --op decode --model demo --model half-packed --model demo@transformers   ·   rarefy bench --op decode --model small@native+int8 --model demo@llama.cpp"
+    "rarefy bench --op skip --layout columns --density 0.5,0.25   ·   rarefy bench --op decode --model demo --model half-packed --model demo@transformers   ·   rarefy bench --op decode --model small@native+int8 --model demo@llama.cpp"
 )
 PROMPT = 8  # tokens
 LINEAR = ("layout", "pattern", "shape", "density", "batch", "peer", "ratio", "spread", "ours_us", "peer_us", "gb_per_s", "roofline")
@@ -46,7 +48,7 @@ class Asked:
     quiet: bool
 
 
-def _linear(asked: Asked) -> list[dict[str, Any]]:
+def _products(run: Callable[..., list[dict[str, Any]]], asked: Asked) -> list[dict[str, Any]]:
     subjects, shapes = [Subject.parse(text) for text in asked.layout.split(",")], [_shape(text) for text in asked.shape.split(",")]
     densities, batches, peers = _numbers(asked.density, float), _numbers(asked.batch, int), asked.peer.split(",")
     with bars(quiet=asked.quiet) as progress:
@@ -78,17 +80,19 @@ class Op:
     columns: tuple[str, ...]
 
 
-OPS = {"linear": Op(_linear, LINEAR), "decode": Op(_decode, DECODE)}
+OPS = {"linear": Op(partial(_products, bench_linear), LINEAR), "skip": Op(partial(_products, bench_skip), LINEAR), "decode": Op(_decode, DECODE)}
 
 
 @app.command(epilog=EPILOG)
 def bench(
-    op: Annotated[str, typer.Option(help="What is timed: linear (one product) or decode (whole models).")] = "linear",
+    op: Annotated[
+        str, typer.Option(help="What is timed: linear (one product), skip (one with dense weights and zeros in x, of which --density is the rest) or decode (whole models).")
+    ] = "linear",
     layout: Annotated[str, typer.Option(help="Layouts, comma-separated; LAYOUT@PATTERN for weights that have a structure.")] = "bitmask,csr",
     shape: Annotated[str, typer.Option(help="Shapes OUTxIN, comma-separated.")] = "2048x8192",
-    density: Annotated[str, typer.Option(help="Shares of weights that are kept, comma-separated.")] = "0.5",
+    density: Annotated[str, typer.Option(help="Shares of weights (skip: of inputs) that are not zero, comma-separated.")] = "0.5",
     batch: Annotated[str, typer.Option(help="Rows of x, comma-separated.")] = "1",
-    peer: Annotated[str, typer.Option(help=f"What to compare a product with, comma-separated: {', '.join(PEERS)}.")] = "torch-dense,own-dense",
+    peer: Annotated[str, typer.Option(help=f"What to compare a product with, comma-separated: {', '.join(PEERS)}; for skip any layout too.")] = "torch-dense,own-dense",
     model: Annotated[list[str] | None, typer.Option(help="To decode with: MODEL, MODEL@ENGINE or MODEL@native+HEAD; repeat it, the first one is the peer.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens that are decoded in a round.", min=1, max=400)] = 32,
     scored: Annotated[int, typer.Option(help="Held-out tokens of the perplexity beside a model's speed.", min=2)] = 4096,

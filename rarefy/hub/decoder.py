@@ -10,14 +10,17 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from rarefy.core.attach import plain_type
+from rarefy.core.attach import OUTPUT, gated, plain_type
 from rarefy.core.discover import pick
 from rarefy.core.errors import BadInput, Refused
 from rarefy.core.roles import Rows
+from rarefy.hub.columns import store_columns
 from rarefy.hub.packed import PackedEmbedding, PackedLinear
+from rarefy.kernels.columns import ColumnsMatrix
 from rarefy.kernels.dense import DenseMatrix
 from rarefy.layouts import LAYOUTS
-from rarefy.runtime.decoder import Block, Decoder, KeyValues, Sizes
+from rarefy.runtime.decoder import LINEARS, Block, Decoder, KeyValues, Sizes
+from rarefy.runtime.sieves import sieve
 
 # {config field: what it must be}; anything else changes what a layer computes, and is refused by name.
 FAMILIES: dict[str, str] = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
@@ -30,6 +33,17 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False, None),
     "is_encoder_decoder": (False,),
 }
+
+PLACES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+UNITS = f"mlp.act_fn{OUTPUT}"
 
 
 class DecoderCache(Cache):
@@ -75,6 +89,10 @@ def use_decoder(model: PreTrainedModel, head: str | None = None) -> PreTrainedMo
     batches of prompts are transformers' own. The weights are read where they lie: changing them in place changes the results,
     replacing them does not.
 
+    Gates on what a layer's linears read and on its MLP's units are computed, and what they make zero is not read: matrices behind
+    them are stored by columns from here on (`rarefy.hub.columns.store_columns`), in place, in as many bytes as before. A unit that
+    a gate closes counts as zero whatever ``up x`` is there, NaN and inf too.
+
     Args:
         head: a layout (int8, say) that the output head is stored in for decoding; None keeps it as it is. A head that is tied to
             the embedding stays float32 on disk, and is what a small model spends most of its decoding on.
@@ -83,7 +101,7 @@ def use_decoder(model: PreTrainedModel, head: str | None = None) -> PreTrainedMo
         The model; `model.rarefy_decoder` is the `Decoder`.
 
     Raises:
-        BadInput: an architecture, config field or layer outside what the native code computes; it is named.
+        BadInput: an architecture, config field, layer or gate outside what the native code computes; it is named.
         Refused: without native kernels.
     """
     decoder = build(model, head)
@@ -131,6 +149,7 @@ def build(model: Any, head: str | None = None) -> Decoder:
     """The `Decoder` of a model; see `use_decoder`."""
     config = model.config
     _whitelisted(model, config)
+    _known_gates(model)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     sizes = Sizes(
@@ -163,11 +182,25 @@ def _whitelisted(model: Any, config: Any) -> None:
         raise BadInput(f"rope_type={rope!r} of the config", "the native decoder computes default, linear and llama3", "run it through transformers")
 
 
+def _known_gates(model: Any) -> None:
+    here = {f"model.layers.{number}.{path}" for number in range(len(model.model.layers)) for path in (*PLACES.values(), UNITS)}
+    for place in gated(model):
+        if place not in here:
+            raise BadInput(f"the gate on {place}", "the native decoder computes gates on what a layer's linears read, and on its MLP's units", "run it through transformers")
+
+
 def _block(layer: Any, path: str) -> Block:
-    attention, mlp = layer.self_attn, layer.mlp
-    modules = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "o": attention.o_proj, "gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj}
+    modules = {name: layer.get_submodule(place) for name, place in PLACES.items()}
+    gates = {name: module._modules.get("rarefy_input") for name, module in modules.items()}
+    gates["units"] = layer.mlp.act_fn._modules.get("rarefy_output")
+    widths = {name: module.in_features for name, module in modules.items()} | {"units": modules["down"].in_features}
+    sieves = {name: sieve(gate, widths[name], f"{path} {name}") for name, gate in gates.items() if gate is not None}
+    for name in LINEARS:
+        _plain(modules[name], f"{path} {name}")
+        if name in sieves or (name == "down" and "units" in sieves):
+            store_columns(modules[name])
     linears = {name: _matrix(module, f"{path} {name}") for name, module in modules.items()}
-    return Block(linears, layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach())
+    return Block(linears, layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach(), sieves)
 
 
 def _embedding(module: Any) -> Rows:
@@ -185,16 +218,22 @@ def _head(module: Any, layout: str | None) -> Any:
     return chosen.matrix(chosen.pack(weight), tuple(weight.shape), weight.dtype)
 
 
-def _matrix(module: Any, where: str) -> tuple[Any, Tensor | None]:
+def _plain(module: Any, where: str) -> None:
     if module._forward_hooks or module._forward_pre_hooks:
         raise BadInput(f"{where} has forward hooks", "the native decoder would not run them", "remove them, or run the model through transformers")
-    if plain_type(module) is not type(module):
-        raise BadInput(f"{where} has a gate or a view", "the native decoder would not run it", "run the model through transformers")
+    if module.__dict__.get("_rarefy_held"):
+        raise BadInput(f"{where} has a view", "the native decoder would not run it", "run the model through transformers")
+
+
+def _matrix(module: Any, where: str) -> tuple[Any, Tensor | None]:
+    _plain(module, where)
     held: Any = module.bias
     bias = None if held is None else held.detach()
-    if type(module) is nn.Linear:
-        return DenseMatrix(module.weight), bias
-    if not isinstance(module, PackedLinear):
-        raise BadInput(f"{where} is a {type(module).__name__}", "the native decoder computes plain and packed linear layers", "run it through transformers")
+    kind = plain_type(module)
+    if kind is nn.Linear:
+        weight = module.weight.detach()
+        return DenseMatrix(weight) if weight.is_contiguous() else ColumnsMatrix(weight.t()), bias
+    if kind is not PackedLinear:
+        raise BadInput(f"{where} is a {kind.__name__}", "the native decoder computes plain and packed linear layers", "run it through transformers")
     packed: PackedLinear = module
     return packed.matrix(), bias

@@ -155,7 +155,7 @@ def save_packed(
     """Save a transformers model with its sparse layers packed, its gates and its edits; the model itself is left as it was.
 
     A Linear or Conv1D is packed where that is smaller than the dense tensor. A gated one is packed in any case, `flat`
-    where nothing is smaller, so that transformers without rarefy cannot run it dense. The others stay dense, and the
+    where `layout` takes more, so that transformers without rarefy cannot run it dense. The others stay dense, and the
     record says why. With a `Chooser` in place of a layout's name, each matrix is stored in the lossless layout that is
     fastest on this machine, and stays dense where the dense product is.
     `embeddings` is a layout, int8 say, for the embedding and the output head, which are left as they are without it.
@@ -290,7 +290,9 @@ def _pack(path: str, module: Any, chosen: str | Chooser, must: bool, shared: boo
     if must and shared:
         raise Refused(f"the gate on {path}", "its tensor is shared, so that it cannot be stored packed, and plain transformers would run it dense", "untie it or detach the gate")
     if must and reason is not None:
-        layout, packed, reason = Flat.name, LAYOUTS[Flat.name].pack(weight), None
+        reason, plain = None, LAYOUTS[Flat.name].pack(weight)
+        if packed.numel() > plain.numel():
+            layout, packed = Flat.name, plain
     site = {"name": f"{path}.weight", "density": int(torch.count_nonzero(weight)) / weight.numel(), "bytes_dense": before, "dense_because": reason}
     if reason is not None:
         return None, packed, {**site, "layout": None, "bytes": before, "error": 0.0}

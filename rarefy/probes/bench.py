@@ -144,11 +144,7 @@ def bench(
     Raises:
         BadInput: an unknown peer, fewer than 5 rounds, a density outside (0, 1].
     """
-    if rounds < 5:
-        raise BadInput(f"{rounds} rounds", "a median with its spread takes at least 5", "pass rounds=5 or more")
-    for density in densities:
-        if not 0 < density <= 1:
-            raise BadInput(f"density {density}", "a density is in (0, 1]")
+    checked(rounds, densities)
     made = {name: pick(PEERS, name, "peer") for name in peers}
     cases = [(subject, shape, density) for subject in subjects for shape in shapes for density in densities]
     rows: list[dict[str, Any]] = []
@@ -159,28 +155,37 @@ def bench(
     return rows
 
 
+def checked(rounds: int, densities: Sequence[float]) -> None:
+    """Raise BadInput for fewer than 5 rounds or a density outside (0, 1]."""
+    if rounds < 5:
+        raise BadInput(f"{rounds} rounds", "a median with its spread takes at least 5", "pass rounds=5 or more")
+    for density in densities:
+        if not 0 < density <= 1:
+            raise BadInput(f"density {density}", "a density is in (0, 1]")
+
+
 def _case(
     subject: Subject, shape: tuple[int, int], density: float, batches: Sequence[int], peers: Mapping[str, Callable[[Tensor], Product]], rounds: int, seed: int, memory: int
 ) -> Iterator[dict[str, Any]]:
     weight = subject.weight(shape, density, seed)
     layout, share = LAYOUTS[subject.layout], memory // (1 + len(peers))
     packed = layout.pack(weight)
-    ours = _contestant(lambda: layout.matrix(packed.clone(), shape, weight.dtype).linear, packed.numel(), share)
-    others = {name: _contestant(lambda make=make: make(weight.clone()), weight.numel() * weight.element_size(), share) for name, make in peers.items()}  # type: ignore[misc]
+    ours = contestant(lambda: layout.matrix(packed.clone(), shape, weight.dtype).linear, packed.numel(), share)
+    others = {name: contestant(lambda make=make: make(weight.clone()), weight.numel() * weight.element_size(), share) for name, make in peers.items()}  # type: ignore[misc]
     cached = any(len(c.copies) * c.size < cache_bytes() for c in (ours, *others.values()))
     means = layout.unpack(packed, shape, weight.dtype)
     kept = int((weight != 0).sum())
     what = {"layout": subject.layout, "pattern": subject.pattern, "shape": list(shape), "density": kept / weight.numel()}
     for batch in batches:
         x = torch.randn(batch, shape[1], generator=Generator().manual_seed(seed + 1))
-        right = {name: _right(c.copies[0](x), x, w, exact) for name, c, w, exact in _to_check(ours, others, means, weight, layout)}
+        right = {name: is_product(c.copies[0](x), x, w, exact) for name, c, w, exact in _to_check(ours, others, means, weight, layout)}
         timed = {"": ours, **{name: other for name, other in others.items() if right[name]}}
-        seconds = _interleaved(timed, x, rounds) if right[""] else {}
-        error = float((ours.copies[0](x).double() - F.linear(x.double(), means.double())).abs().max()) if x.numel() else 0.0
+        seconds = interleaved(timed, x, rounds) if right[""] else {}
+        error = max_abs_err(ours.copies[0](x), x, means)
         work = Work(packed.numel(), 4 * batch * sum(shape), batch * kept)
         for name in peers:
-            figures = _figures(seconds.get(""), seconds.get(name), work)
-            yield {"op": "linear", **what, "batch": batch, "dtype": "float32", "peer": name, **figures, "max_abs_err": error, **_where(cached, right[""] and right[name])}
+            found = figures(seconds.get(""), seconds.get(name), work)
+            yield {"op": "linear", **what, "batch": batch, "dtype": "float32", "peer": name, **found, "max_abs_err": error, **conditions(cached, right[""] and right[name])}
 
 
 def _to_check(ours: Contestant, others: Mapping[str, Contestant], means: Tensor, weight: Tensor, layout: Layout) -> Iterator[tuple[str, Contestant, Tensor, bool]]:
@@ -189,13 +194,13 @@ def _to_check(ours: Contestant, others: Mapping[str, Contestant], means: Tensor,
         yield name, other, weight, True
 
 
-def _contestant(make: Callable[[], Product], size: int, memory: int) -> Contestant:
-    """As many copies as pass through the cache twice, within the memory."""
+def contestant(make: Callable[[], Product], size: int, memory: int) -> Contestant:
+    """One with as many copies as pass through the cache twice, within the memory."""
     wanted = min(memory, 2 * cache_bytes())
     return Contestant([make() for _ in range(max(1, min(wanted // max(size, 1), 256)))], size)
 
 
-def _right(y: Tensor, x: Tensor, weight: Tensor, exact: bool) -> bool:
+def is_product(y: Tensor, x: Tensor, weight: Tensor, exact: bool) -> bool:
     """Whether y is the float64 product, to float32 sums; to the rounding of x to 8 bits where the layout computes with it."""
     want = F.linear(x.double(), weight.double())
     if exact:
@@ -204,7 +209,7 @@ def _right(y: Tensor, x: Tensor, weight: Tensor, exact: bool) -> bool:
     return y.shape == want.shape and bool((y.double() - want).norm() <= 0.02 * want.norm())
 
 
-def _interleaved(contestants: Mapping[str, Contestant], x: Tensor, rounds: int) -> dict[str, list[float]]:
+def interleaved(contestants: Mapping[str, Contestant], x: Tensor, rounds: int) -> dict[str, list[float]]:
     """Seconds a call by name, round by round: every round times each contestant once, in turn."""
     calls = {name: max(1, math.ceil(SHORTEST / max(c.time(x, 2), 1e-9))) for name, c in contestants.items()}
     found: dict[str, list[float]] = {name: [] for name in contestants}
@@ -214,7 +219,13 @@ def _interleaved(contestants: Mapping[str, Contestant], x: Tensor, rounds: int) 
     return found
 
 
-def _figures(ours: list[float] | None, peer: list[float] | None, work: Work) -> dict[str, Any]:
+def max_abs_err(y: Tensor, x: Tensor, weight: Tensor) -> float:
+    """Of y against the float64 product."""
+    return float((y.double() - F.linear(x.double(), weight.double())).abs().max()) if y.numel() else 0.0
+
+
+def figures(ours: list[float] | None, peer: list[float] | None, work: Work) -> dict[str, Any]:
+    """What a row says of two contestants' seconds and the work that ours does."""
     if ours is None or peer is None:
         return dict.fromkeys(("ratio", "ratio_min", "ratio_max", "ours_us", "peer_us", "gb_per_s", "roofline"))
     ratios = [b / a for a, b in zip(ours, peer, strict=True)]
@@ -223,7 +234,8 @@ def _figures(ours: list[float] | None, peer: list[float] | None, work: Work) -> 
     return {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "ours_us": took * 1e6, "peer_us": statistics.median(peer) * 1e6, **reached}
 
 
-def _where(cached: bool, right: bool) -> dict[str, Any]:
+def conditions(cached: bool, right: bool) -> dict[str, Any]:
+    """What a row says of the machine and of how far it can be trusted."""
     extension = native()
     words = [busy(), "weights may lie in cache: their copies are smaller than it" if cached else None, None if right else "the result is wrong: no speed is given"]
     return {"threads": torch.get_num_threads(), "isa": extension.isa() if extension else None, "torch": torch.__version__, "warning": "; ".join(w for w in words if w) or None}

@@ -12,6 +12,7 @@ from torch import Tensor
 from rarefy.core.errors import BadInput, Refused
 from rarefy.core.roles import Rows
 from rarefy.kernels.library import native, pointer
+from rarefy.runtime.sieves import Sieve
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 CHUNK = 64  # tokens of a prompt that go through the layers together
@@ -35,11 +36,17 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Block:
-    """One layer: {name of LINEARS: (matrix, bias or None)}, and its two norms' gains [hidden]."""
+    """One layer: {name of LINEARS: (matrix, bias or None)}, its two norms' gains [hidden], and {name: what a gate lets through}.
+
+    `units` in `sieves` is a gate on the units ``silu(gate x)`` before ``up x`` multiplies them, every other name one on what that
+    linear reads. An entry that a sieve stops is exactly zero: a matrix stored by columns does not read its column, and a row of `up`
+    whose unit it is is not computed for a single token.
+    """
 
     linears: Mapping[str, tuple[Any, Tensor | None]]
     input_norm: Tensor
     post_norm: Tensor
+    sieves: Mapping[str, Sieve] = field(default_factory=dict)
 
 
 @dataclass
@@ -97,6 +104,8 @@ class Decoder:
             self._native.norms(number, pointer(block.input_norm), pointer(block.post_norm))
             for name in LINEARS:
                 self._put(number, name, *block.linears[name])
+            for name, sieve in block.sieves.items():
+                self._gate(number, name, sieve)
         self._put(0, "head", head, None)
 
     def _put(self, layer: int, name: str, matrix: Any, bias: Tensor | None) -> None:
@@ -112,6 +121,15 @@ class Decoder:
             getattr(self._native, matrix.kind)(layer, name, *matrix.arguments(), pointer(bias))
         except ValueError as error:
             raise BadInput(f"{name} of layer {layer}, {matrix.rows} x {matrix.columns}", str(error)) from error
+
+    def _gate(self, layer: int, name: str, sieve: Sieve) -> None:
+        channels = 0 if sieve.threshold is None else sieve.threshold.numel()
+        if sieve.threshold is not None:
+            _must_be(f"threshold of {name} of layer {layer}", sieve.threshold, (channels,))
+        try:
+            self._native.gate(layer, name, pointer(sieve.threshold), channels, sieve.keep, sieve.block)
+        except ValueError as error:
+            raise BadInput(f"the gate of {name} of layer {layer}: {sieve}", str(error)) from error
 
     def cache(self, sequences: int) -> KeyValues:
         """An empty cache for so many sequences; it grows as they do."""

@@ -26,5 +26,7 @@ rarefy::Grouped grouped_of(std::uintptr_t codes, std::uintptr_t scale, std::uint
 rarefy::Blocks blocks_of(std::uintptr_t index, std::uintptr_t starts, std::uintptr_t values, rarefy::i64 stored, rarefy::i64 rows, rarefy::i64 columns,
                          rarefy::i64 height, rarefy::i64 width);
 rarefy::NofM n_of_m_of(std::uintptr_t values, std::uintptr_t positions, rarefy::i64 rows, rarefy::i64 columns, int n, int m);
+rarefy::Columns columns_of(std::uintptr_t values, rarefy::i64 rows, rarefy::i64 columns);
 void bind_sparse(nanobind::module_& m);
+void bind_columns(nanobind::module_& m);
 void bind_decoder(nanobind::module_& m);

@@ -4,6 +4,7 @@
 #include <array>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <optional>
 
 namespace nb = nanobind;
 using namespace rarefy;
@@ -39,12 +40,26 @@ struct Decoder {
   void dense(i64 layer, const std::string& where, Address weight, i64 rows, i64 columns, Address bias) {
     put(layer, where, Dense{at<const float>(weight, "weight"), rows, columns}, rows, columns, bias);
   }
+  void columns(i64 layer, const std::string& where, Address values, i64 rows, i64 columns, Address bias) {
+    put(layer, where, columns_of(values, rows, columns), rows, columns, bias);
+  }
   void bitmask(i64 layer, const std::string& where, Address bits, Address starts, Address values, i64 count, i64 rows, i64 columns, Address bias) {
     put(layer, where, bitmask_of(bits, starts, values, count, rows, columns), rows, columns, bias);
   }
   void grouped(i64 layer, const std::string& where, Address codes, Address scale, Address zero, Address present, Address starts, i64 stored, i64 rows, i64 columns, int bits,
                Address bias) {
     put(layer, where, grouped_of(codes, scale, zero, present, starts, stored, rows, columns, bits), rows, columns, bias);
+  }
+
+  // `where` is a linear of a layer, for what it reads, or units. Thresholds [channels] or one for all; or the largest `keep` of every `block`.
+  void gate(i64 layer, const std::string& where, Address threshold, i64 channels, i64 keep, i64 block) {
+    Layer& l = of(layer);
+    const std::optional<Place> place = find(l, where);
+    need(place || where == "units", "there is no such linear");
+    const i64 width = place ? place->columns : m.inner;
+    need(channels == 0 || channels == 1 || channels == width, "a gate has one threshold, or one for every channel");
+    need(block == 0 || (block > 0 && width % block == 0 && keep >= 0 && keep <= block), "a gate keeps some of every block, and blocks divide the channels");
+    (place ? place->projection->gate : l.units) = Gate{channels ? at<const float>(threshold, "threshold") : nullptr, channels, block, keep};
   }
 
   void run(Address x, Address sequences, Address positions, i64 count, Address keys, Address values, i64 batch, i64 capacity, Address wanted, i64 many, Address logits,
@@ -71,38 +86,41 @@ private:
     return m.layers[layer];
   }
 
+  struct Place {
+    const char* name;
+    Projection* projection;
+    i64 rows, columns;
+    bool biased;
+  };
+  std::array<Place, 7> places(Layer& l) const {
+    const i64 q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
+    return {{{"q", &l.q, q, m.hidden, true},
+             {"k", &l.k, kv, m.hidden, true},
+             {"v", &l.v, kv, m.hidden, true},
+             {"o", &l.o, m.hidden, q, false},
+             {"gate", &l.gate, m.inner, m.hidden, false},
+             {"up", &l.up, m.inner, m.hidden, false},
+             {"down", &l.down, m.hidden, m.inner, false}}};
+  }
+  std::optional<Place> find(Layer& l, const std::string& where) const {
+    for (const Place& place : places(l))
+      if (where == place.name) return place;
+    return {};
+  }
+
   void put(i64 layer, const std::string& where, Linear linear, i64 rows, i64 columns, Address bias) {
     const float* add = bias ? at<const float>(bias, "bias") : nullptr;
-    const i64 q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
     if (where == "head") {
       fits(rows, columns, m.vocab, m.hidden);
       need(!add, "the head has no bias");
       m.head = linear;
       return;
     }
-    Layer& l = of(layer);
-    struct Place {
-      const char* name;
-      Linear* linear;
-      const float** bias;
-      i64 rows, columns;
-    };
-    const std::array<Place, 7> places{{{"q", &l.q, &l.q_bias, q, m.hidden},
-                                       {"k", &l.k, &l.k_bias, kv, m.hidden},
-                                       {"v", &l.v, &l.v_bias, kv, m.hidden},
-                                       {"o", &l.o, nullptr, m.hidden, q},
-                                       {"gate", &l.gate, nullptr, m.inner, m.hidden},
-                                       {"up", &l.up, nullptr, m.inner, m.hidden},
-                                       {"down", &l.down, nullptr, m.hidden, m.inner}}};
-    for (const Place& place : places)
-      if (where == place.name) {
-        fits(rows, columns, place.rows, place.columns);
-        need(!add || place.bias, "only q, k and v may have a bias");
-        *place.linear = linear;
-        if (place.bias) *place.bias = add;
-        return;
-      }
-    need(false, "there is no such linear");
+    const std::optional<Place> place = find(of(layer), where);
+    need(place.has_value(), "there is no such linear");
+    fits(rows, columns, place->rows, place->columns);
+    need(!add || place->biased, "only q, k and v may have a bias");
+    place->projection->weight = linear, place->projection->bias = add;
   }
 };
 
@@ -114,7 +132,9 @@ void bind_decoder(nb::module_& m) {
       .def("shared", &Decoder::shared)
       .def("norms", &Decoder::norms)
       .def("dense", &Decoder::dense)
+      .def("columns", &Decoder::columns)
       .def("bitmask", &Decoder::bitmask)
       .def("grouped", &Decoder::grouped)
+      .def("gate", &Decoder::gate)
       .def("step", &Decoder::run);
 }

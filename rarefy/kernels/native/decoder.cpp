@@ -1,6 +1,6 @@
 // Every thread runs the whole step and computes its share of the rows; a barrier stands where one needs what others wrote.
 // What is cheap (norms, rounding to 8 bits) each thread does for itself, which saves barriers.
-#include "decoder.hpp"
+#include "gates.hpp"
 #include "threads.hpp"
 #include <algorithm>
 #include <cmath>
@@ -10,8 +10,10 @@ namespace rarefy {
 namespace {
 
 struct Scratch { // of one thread
-  std::vector<float> in, figures, score;
+  std::vector<float> in, gated, units, figures, score;
   std::vector<std::int8_t> code;
+  std::vector<std::uint32_t> sorted;
+  std::vector<i64> rows;
   Rounded rounded{};
   const float* rounded_of = nullptr;
 };
@@ -34,36 +36,77 @@ public:
     for (std::size_t l = 0; l < m.layers.size(); l++) layer(m.layers[l], i64(l));
     for (i64 r = 0; r < many; r++) norm(&s.x[wanted[r] * m.hidden], m.final_norm, &mine.in[r * m.hidden]);
     fresh();
-    linear(m.head, mine.in.data(), nullptr, logits, many);
+    product(m.head, mine.in.data(), nullptr, logits, many);
   }
 
 private:
   void layer(const Layer& w, i64 l) {
     for (i64 r = 0; r < n; r++) norm(&s.x[r * m.hidden], w.input_norm, &mine.in[r * m.hidden]);
     fresh();
-    linear(w.q, mine.in.data(), w.q_bias, s.q.data(), n);
-    linear(w.k, mine.in.data(), w.k_bias, s.k.data(), n);
-    linear(w.v, mine.in.data(), w.v_bias, s.v.data(), n);
+    linear(w.q, mine.in.data(), m.hidden, s.q.data());
+    linear(w.k, mine.in.data(), m.hidden, s.k.data());
+    linear(w.v, mine.in.data(), m.hidden, s.v.data());
     wait();
     remember(l);
     wait();
     attend(l);
     wait();
-    add_linear(w.o, s.mixed.data());
+    add_linear(w.o, s.mixed.data(), m.heads * m.head_dim);
     wait();
     for (i64 r = 0; r < n; r++) norm(&s.x[r * m.hidden], w.post_norm, &mine.in[r * m.hidden]);
     fresh();
-    linear(w.gate, mine.in.data(), nullptr, s.gate.data(), n);
-    linear(w.up, mine.in.data(), nullptr, s.up.data(), n);
+    mlp(w);
+    wait();
+    add_linear(w.down, s.up.data(), m.inner);
+    wait();
+  }
+
+  // up [N, inner] = silu(gate x), gated, times up x.
+  void mlp(const Layer& w) {
+    linear(w.gate, mine.in.data(), m.hidden, s.gate.data());
     const Share rows(m.inner, t, all); // what this thread has just written
     for (i64 r = 0; r < n; r++)
       for (i64 i = rows.from; i < rows.to; i++) {
         float& g = s.gate[r * m.inner + i];
-        g = g / (1 + std::exp(-g)) * s.up[r * m.inner + i];
+        g = g / (1 + std::exp(-g));
       }
+    const float* units = gated_units(w.units, rows);
+    if (n == 1 && !w.units.open())
+      some(w.up, units, rows);
+    else
+      linear(w.up, mine.in.data(), m.hidden, s.up.data());
+    const bool spared = !w.units.open(); // where a unit is zero, up x may not have been computed
+    for (i64 r = 0; r < n; r++)
+      for (i64 i = r * m.inner + rows.from; i < r * m.inner + rows.to; i++) s.up[i] = spared && units[i] == 0 ? 0.0f : units[i] * s.up[i];
+  }
+
+  // [N, inner], of which this thread's rows are right. The largest of a row are known when all threads have written it.
+  const float* gated_units(const Gate& g, const Share& rows) {
+    if (g.threshold)
+      for (i64 r = 0; r < n; r++) below(g, &s.gate[r * m.inner + rows.from], rows.from, rows.to);
+    if (!g.block) return s.gate.data();
     wait();
-    add_linear(w.down, s.gate.data());
-    wait();
+    mine.units.assign(s.gate.begin(), s.gate.end());
+    close(g, mine.units.data(), n, m.inner, mine.sorted);
+    return mine.units.data();
+  }
+
+  // The rows of up whose unit is not zero, for one token. Where columns are stored, rows are not: all of them.
+  void some(const Projection& up, const float* units, const Share& share) {
+    if (std::holds_alternative<Columns>(up.weight)) return linear(up, mine.in.data(), m.hidden, s.up.data());
+    const float* x = gated(up.gate, mine.in.data(), 1, m.hidden);
+    mine.rows.clear();
+    for (i64 i = share.from; i < share.to; i++)
+      if (units[i] != 0) mine.rows.push_back(i);
+    if (const Dense* d = std::get_if<Dense>(&up.weight)) {
+      run.dense_some(*d, x, s.up.data(), mine.rows.data(), i64(mine.rows.size()));
+    } else if (const Bitmask* b = std::get_if<Bitmask>(&up.weight)) {
+      for (i64 row : mine.rows) run.bitmask(*b, x, nullptr, s.up.data(), 1, row, row + 1);
+    } else {
+      const Grouped& g = std::get<Grouped>(up.weight);
+      const Rounded& codes = rounded(x, 1, g.columns);
+      for (i64 row : mine.rows) run.grouped(g, codes, nullptr, s.up.data(), 1, row, row + 1);
+    }
   }
 
   void norm(const float* x, const float* gain, float* out) const {
@@ -72,11 +115,24 @@ private:
     for (i64 i = 0; i < m.hidden; i++) out[i] = x[i] * scale * gain[i];
   }
 
-  // y [batch, O] = x W^T + bias, this thread's rows.
-  void linear(const Linear& w, const float* x, const float* bias, float* y, i64 batch) {
+  // y [N, O] = gated(x) W^T + bias, this thread's rows.
+  void linear(const Projection& w, const float* x, i64 columns, float* y) { product(w.weight, gated(w.gate, x, n, columns), w.bias, y, n); }
+
+  const float* gated(const Gate& g, const float* x, i64 rows, i64 columns) {
+    if (g.open()) return x;
+    mine.gated.assign(x, x + rows * columns);
+    close(g, mine.gated.data(), rows, columns, mine.sorted);
+    fresh();
+    return mine.gated.data();
+  }
+
+  void product(const Linear& w, const float* x, const float* bias, float* y, i64 batch) {
     if (const Dense* d = std::get_if<Dense>(&w)) {
       const Share rows(d->rows, t, all);
       run.dense(*d, x, bias, y, batch, rows.from, rows.to);
+    } else if (const Columns* c = std::get_if<Columns>(&w)) {
+      const Share rows(c->rows, t, all);
+      run.columns(*c, x, bias, y, batch, rows.from, rows.to);
     } else if (const Bitmask* b = std::get_if<Bitmask>(&w)) {
       const Share rows(b->rows, t, all);
       run.bitmask(*b, x, bias, y, batch, rows.from, rows.to);
@@ -88,11 +144,11 @@ private:
   }
 
   // x [N, hidden] += in W^T, this thread's rows.
-  void add_linear(const Linear& w, const float* in) {
+  void add_linear(const Projection& w, const float* in, i64 columns) {
     fresh();
     std::vector<float>& y = mine.score;
     y.resize(n * m.hidden);
-    linear(w, in, nullptr, y.data(), n);
+    linear(w, in, columns, y.data());
     const Share rows(m.hidden, t, all);
     for (i64 r = 0; r < n; r++) run.add(&s.x[r * m.hidden + rows.from], &y[r * m.hidden + rows.from], 1.0f, rows.to - rows.from);
   }

@@ -6,11 +6,25 @@
 
 namespace rarefy {
 
-using Linear = std::variant<Dense, Bitmask, Grouped>;
+using Linear = std::variant<Dense, Columns, Bitmask, Grouped>;
+
+// Which entries of a row stay; the others become zero. NaN stays. Neither thresholds nor a block: all of them.
+struct Gate {
+  const float* threshold = nullptr; // [channels]: those with not |x| < threshold
+  i64 channels = 0;                 // 1: the same for all
+  i64 block = 0, keep = 0;          // of every `block` entries the `keep` largest in magnitude, of equal ones the first
+  bool open() const { return !threshold && !block; }
+};
+
+struct Projection {
+  Linear weight;
+  const float* bias = nullptr;
+  Gate gate; // of what it reads
+};
 
 struct Layer {
-  Linear q, k, v, o, gate, up, down;
-  const float *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr;
+  Projection q, k, v, o, gate, up, down;
+  Gate units;                          // of silu(gate x), before up x multiplies it
   const float *input_norm, *post_norm; // [hidden]
 };
 

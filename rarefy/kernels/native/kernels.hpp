@@ -65,6 +65,12 @@ struct NofM {
   int position(const std::uint8_t* row, i64 slot) const { return int(eight(row, slot) >> slot % 8 * bits & ((1u << bits) - 1)); }
 };
 
+// A matrix [O, I] stored column by column: what a zero of x multiplies is not read.
+struct Columns {
+  const float* values; // [I, O]
+  i64 rows, columns;
+};
+
 constexpr i64 kGroup = 32;
 constexpr i64 kColumns = 64; // rows of x that a tile [I, rows of x] holds at most
 
@@ -80,6 +86,8 @@ struct Kernels {
   // y [B, O] = x [B, I] W^T (+ bias [O]) for the output rows from .. to
   void (*bitmask)(const Bitmask&, const float* x, const float* bias, float* y, i64 batch, i64 from, i64 to);
   void (*dense)(const Dense&, const float* x, const float* bias, float* y, i64 batch, i64 from, i64 to);
+  void (*dense_some)(const Dense&, const float* x, float* y, const i64* rows, i64 count); // only these rows of y, for one row of x
+  void (*columns)(const Columns&, const float* x, const float* bias, float* y, i64 batch, i64 from, i64 to);
   void (*grouped)(const Grouped&, const Rounded& x, const float* bias, float* y, i64 batch, i64 from, i64 to);
   void (*round)(const float* x, i64 batch, i64 columns, const Rounded& out);
   // For few rows of x: x is [B, wide * width], padded by zeros. from .. to are rows of blocks.

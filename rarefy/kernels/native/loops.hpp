@@ -82,15 +82,19 @@ template <class V, int B> void bitmask_rows(const Bitmask& w, const float* x, co
   for (; row < to; row++) bitmask_tile<V, 1, 1, B, false>(w, row, x, bias, y);
 }
 
-// Four rows of weights against B rows of x.
-template <class V, int B> void dense_rows(const Dense& w, const float* x, const float* bias, float* y, i64 from, i64 to) {
+// Four rows of weights against B rows of x: the rows from .. to, or those of a list.
+template <class V, int B> void dense_rows_of(const Dense& w, const float* x, const float* bias, float* y, i64 from, i64 to, const i64* list) {
   using reg = typename V::reg;
   constexpr int R = B > 4 ? 2 : 4;
   i64 row = from;
   for (; row < to; row += R) {
     const int live = int(std::min<i64>(R, to - row));
+    i64 number[R];
     const float* at[R];
-    for (int r = 0; r < R; r++) at[r] = w.values + (row + std::min(r, live - 1)) * w.columns;
+    for (int r = 0; r < R; r++) {
+      number[r] = list ? list[row + std::min(r, live - 1)] : row + std::min(r, live - 1);
+      at[r] = w.values + number[r] * w.columns;
+    }
     reg sum[R][B];
     for (int r = 0; r < R; r++)
       for (int b = 0; b < B; b++) sum[r][b] = V::zero();
@@ -113,9 +117,15 @@ template <class V, int B> void dense_rows(const Dense& w, const float* x, const 
       }
     }
     for (int r = 0; r < live; r++)
-      for (int b = 0; b < B; b++) y[b * w.rows + row + r] = V::sum(sum[r][b]) + (bias ? bias[row + r] : 0.0f);
+      for (int b = 0; b < B; b++) y[b * w.rows + number[r]] = V::sum(sum[r][b]) + (bias ? bias[number[r]] : 0.0f);
   }
 }
+
+template <class V, int B> void dense_rows(const Dense& w, const float* x, const float* bias, float* y, i64 from, i64 to) {
+  dense_rows_of<V, B>(w, x, bias, y, from, to, nullptr);
+}
+
+template <class V> void dense_some(const Dense& w, const float* x, float* y, const i64* rows, i64 count) { dense_rows_of<V, 1>(w, x, nullptr, y, 0, count, rows); }
 
 template <class Matrix> using RowsOf = void (*)(const Matrix&, const float*, const float*, float*, i64, i64);
 

@@ -138,5 +138,6 @@ NB_MODULE(_native, m) {
   m.def("grouped_linear", &grouped_linear);
   m.def("dense_linear", &dense_linear);
   bind_sparse(m);
+  bind_columns(m);
   bind_decoder(m);
 }

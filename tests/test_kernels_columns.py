@@ -1,0 +1,120 @@
+"""Matrices stored column by column against their references: what zeros skip is never read, on every instruction set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rarefy.kernels.columns import ColumnsMatrix, reference
+from rarefy.kernels.library import SWITCH, available, instruction_set, native, pointer
+from rarefy.kernels.samples import samples
+from tests.test_kernels import GUARD, NATIVE, assert_is_product, poisoned
+
+SHAPES = ((1, 1), (7, 13), (576, 1536), (3, 700), (200, 5))
+NAN = float("nan")
+
+
+def sparse_rows(batch, columns, density, seed=0):
+    """x [B, I] with zeros, some of them negative."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, columns, generator=generator)
+    return torch.where(torch.rand(batch, columns, generator=generator) < density, x, torch.where(x > 0, 0.0, -0.0))
+
+
+def written(matrix, call, x, bias, threads):
+    """The product, with a check that nothing beside it was written."""
+    room = torch.full((x.shape[0] * matrix.rows + 2 * GUARD,), 7.0)
+    y = room[GUARD : GUARD + x.shape[0] * matrix.rows]
+    call(*matrix.arguments(), pointer(x), pointer(bias), pointer(y), x.shape[0], threads)
+    assert (room[:GUARD] == 7).all() and (room[GUARD + y.numel() :] == 7).all()
+    return y.view(x.shape[0], matrix.rows)
+
+
+@NATIVE
+@pytest.mark.parametrize("isa", available())
+@pytest.mark.parametrize("threads", [1, 2])
+def test_columns_are_the_product(isa, threads):
+    with instruction_set(isa):
+        for weight, x, bias in samples():
+            matrix = ColumnsMatrix(poisoned(weight.t().contiguous()))
+            assert matrix.fast and torch.equal(matrix.dense(), weight)
+            y = written(matrix, native().columns_linear, poisoned(x), None if bias is None else poisoned(bias), threads)
+            assert_is_product(y, x, weight, bias)
+
+
+@NATIVE
+@pytest.mark.parametrize("isa", available())
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
+def test_zeros_of_x_do_not_change_the_product(isa, density):
+    with instruction_set(isa):
+        for rows, columns in SHAPES:
+            weight, bias = torch.randn(rows, columns), torch.randn(rows)
+            matrix = ColumnsMatrix(poisoned(weight.t().contiguous()))
+            for batch in (1, 2, 3, 7, 16):
+                x = poisoned(sparse_rows(batch, columns, density, rows + batch))
+                y = written(matrix, native().columns_linear, x, bias, 2)
+                assert_is_product(y, x, weight, bias)
+                assert torch.allclose(y, reference.linear(x, matrix.values, bias), rtol=1e-4, atol=1e-4)
+
+
+@NATIVE
+@pytest.mark.parametrize("isa", available())
+@pytest.mark.parametrize("batch", [1, 2, 4, 7])
+def test_a_column_that_every_row_skips_is_never_read(isa, batch):
+    weight, x = torch.randn(70, 300), torch.randn(batch, 300)
+    skipped = torch.rand(300) < 0.5
+    x[:, skipped] = 0.0
+    clean = ColumnsMatrix(weight.t().contiguous())
+    weight[:, skipped] = NAN
+    with instruction_set(isa):
+        y = ColumnsMatrix(weight.t().contiguous()).linear(x)
+        assert torch.equal(y, clean.linear(x)) and torch.isfinite(y).all()
+        assert torch.allclose(y, reference.linear(x, weight.t(), None), rtol=1e-4, atol=1e-4)
+        x[-1, int(skipped.nonzero()[0])] = 1e-30
+        assert ColumnsMatrix(weight.t().contiguous()).linear(x)[-1].isnan().all()
+
+
+@NATIVE
+@pytest.mark.parametrize("isa", available())
+def test_nan_in_x_is_no_zero(isa):
+    x = torch.zeros(1, 40)
+    x[0, 3] = NAN
+    with instruction_set(isa):
+        assert ColumnsMatrix(torch.randn(40, 9)).linear(x).isnan().all()
+
+
+@NATIVE
+def test_threads_do_not_change_a_bit_of_columns():
+    weight, x, before, seen = torch.randn(300, 701), sparse_rows(1, 300, 0.5), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            seen.append(ColumnsMatrix(weight).linear(x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+
+
+def test_what_the_kernel_does_not_take_is_the_dense_product(monkeypatch):
+    weight, bias = torch.randn(7, 13), torch.randn(7)
+    matrix = ColumnsMatrix(weight.t().contiguous())
+    strided = torch.randn(13, 2).t()
+    many = sparse_rows(40, 13, 0.5)
+    for x in (strided, many, torch.randn(2, 3, 13), torch.zeros(0, 13), torch.randn(3, 26)[:, ::2]):
+        assert torch.allclose(matrix.linear(x, bias), torch.nn.functional.linear(x, weight, bias), atol=1e-5)
+    half = ColumnsMatrix(weight.t().contiguous().bfloat16())
+    assert not half.fast and half.linear(many.bfloat16()).dtype == torch.bfloat16
+    monkeypatch.setenv(SWITCH, "off")
+    assert torch.allclose(ColumnsMatrix(matrix.values).linear(many, bias), torch.nn.functional.linear(many, weight, bias), atol=1e-5)
+    x = torch.randn(1, 13, requires_grad=True)
+    matrix.linear(x).sum().backward()
+    assert torch.allclose(x.grad[0], weight.sum(0), atol=1e-5)
+
+
+@NATIVE
+def test_columns_from_python_are_checked():
+    values, x = torch.randn(4, 3), torch.randn(1, 4)
+    with pytest.raises(ValueError, match="null pointer"):
+        native().columns_linear(0, 3, 4, pointer(x), 0, pointer(x), 1, 1)
+    with pytest.raises(ValueError, match="rows and columns"):
+        native().columns_linear(pointer(values), 0, 4, pointer(x), 0, pointer(x), 1, 1)
