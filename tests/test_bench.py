@@ -127,3 +127,29 @@ def test_no_speed_behind_a_wrong_skip(monkeypatch):
     monkeypatch.setattr(ColumnsMatrix, "linear", lambda self, x, bias=None: right(self, x, bias) + 0.01)
     record = bench_skip([Subject("columns")], [(8, 64)], [0.5], [1], ["torch-dense"], rounds=5, memory=10_000)
     assert record[0]["ratio"] is None and "result is wrong" in record[0]["warning"]
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q8_0", "q4_K"])
+def test_llama_cpps_kernels_compute_what_their_types_round_to(kind):
+    pytest.importorskip("llama_cpp", reason="llama.cpp is a peer: pip install llama-cpp-python to compare")
+    from rarefy.probes.ggml import GgmlMatrix
+
+    weight = torch.randn(48, 256, generator=torch.Generator().manual_seed(0))
+    matrix = GgmlMatrix(weight, kind)
+    assert (matrix.dense() - weight).norm() < 0.1 * weight.norm()
+    for batch in (1, 5, 1):
+        x = torch.randn(batch, 256)
+        want = x @ matrix.dense().t()
+        assert (matrix.linear(x) - want).norm() < 0.02 * want.norm()
+    with pytest.raises(BadInput, match="blocks of 32 columns"):
+        GgmlMatrix(torch.ones(2, 48), kind)
+
+
+def test_without_the_package_the_remedy_is_named(monkeypatch, capsys):
+    from rarefy.probes import ggml
+
+    monkeypatch.setattr(ggml.importlib.util, "find_spec", lambda name: None)
+    ggml.library.cache_clear()
+    assert main(["bench", "--layout", "csr", "--shape", "8x64", "--peer", "llama.cpp-q4_0"]) == 2
+    assert "pip install llama-cpp-python" in capsys.readouterr().err
+    ggml.library.cache_clear()

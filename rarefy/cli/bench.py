@@ -18,6 +18,7 @@ from rarefy.core.discover import pick
 from rarefy.core.errors import BadInput, Refused
 from rarefy.probes.bench import MEMORY, PEERS, Subject
 from rarefy.probes.bench import bench as bench_linear
+from rarefy.probes.ggml import NAMES
 from rarefy.probes.skip_bench import bench_skip
 
 EPILOG = (
@@ -92,7 +93,7 @@ def bench(
     shape: Annotated[str, typer.Option(help="Shapes OUTxIN, comma-separated.")] = "2048x8192",
     density: Annotated[str, typer.Option(help="Shares of weights (skip: of inputs) that are not zero, comma-separated.")] = "0.5",
     batch: Annotated[str, typer.Option(help="Rows of x, comma-separated.")] = "1",
-    peer: Annotated[str, typer.Option(help=f"What to compare a product with, comma-separated: {', '.join(PEERS)}; for skip any layout too.")] = "torch-dense,own-dense",
+    peer: Annotated[str, typer.Option(help=f"What to compare a product with, comma-separated: {', '.join([*PEERS, *NAMES])}, or any layout.")] = "torch-dense,own-dense",
     model: Annotated[list[str] | None, typer.Option(help="To decode with: MODEL, MODEL@ENGINE or MODEL@native+HEAD; repeat it, the first one is the peer.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens that are decoded in a round.", min=1, max=400)] = 32,
     scored: Annotated[int, typer.Option(help="Held-out tokens of the perplexity beside a model's speed.", min=2)] = 4096,

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from rarefy.core.discover import pick
 from rarefy.core.errors import BadInput
-from rarefy.core.roles import Layout
 from rarefy.kernels.dense import DenseMatrix
 from rarefy.kernels.library import native
 from rarefy.layouts import LAYOUTS
+from rarefy.probes import ggml
 from rarefy.probes.roofline import roofline
 from rarefy.probes.timers import busy
 from rarefy.weights.patterns import parse_pattern
@@ -145,13 +145,13 @@ def bench(
         BadInput: an unknown peer, fewer than 5 rounds, a density outside (0, 1].
     """
     checked(rounds, densities)
-    made = {name: pick(PEERS, name, "peer") for name in peers}
+    known(peers)
     cases = [(subject, shape, density) for subject in subjects for shape in shapes for density in densities]
     rows: list[dict[str, Any]] = []
     for number, (subject, shape, density) in enumerate(cases):
         if progress:
             progress(number, len(cases), f"{subject.layout} {shape[0]}x{shape[1]} at {density:g}")
-        rows += _case(subject, shape, density, batches, made, rounds, seed, memory)
+        rows += _case(subject, shape, density, batches, peers, rounds, seed, memory)
     return rows
 
 
@@ -164,34 +164,67 @@ def checked(rounds: int, densities: Sequence[float]) -> None:
             raise BadInput(f"density {density}", "a density is in (0, 1]")
 
 
-def _case(
-    subject: Subject, shape: tuple[int, int], density: float, batches: Sequence[int], peers: Mapping[str, Callable[[Tensor], Product]], rounds: int, seed: int, memory: int
-) -> Iterator[dict[str, Any]]:
-    weight = subject.weight(shape, density, seed)
-    layout, share = LAYOUTS[subject.layout], memory // (1 + len(peers))
-    packed = layout.pack(weight)
-    ours = contestant(lambda: layout.matrix(packed.clone(), shape, weight.dtype).linear, packed.numel(), share)
-    others = {name: contestant(lambda make=make: make(weight.clone()), weight.numel() * weight.element_size(), share) for name, make in peers.items()}  # type: ignore[misc]
-    cached = any(len(c.copies) * c.size < cache_bytes() for c in (ours, *others.values()))
-    means = layout.unpack(packed, shape, weight.dtype)
-    kept = int((weight != 0).sum())
+def _case(subject: Subject, shape: tuple[int, int], density: float, batches: Sequence[int], peers: Sequence[str], rounds: int, seed: int, memory: int) -> Iterator[dict[str, Any]]:
+    weight, share = subject.weight(shape, density, seed), memory // (1 + len(peers))
+    made = {"": stored(subject.layout, weight, share), **{name: peer(name, weight, share) for name in peers}}
+    cached = any(len(m.timed.copies) * m.timed.size < cache_bytes() for m in made.values())
+    ours, kept = made[""], int((weight != 0).sum())
     what = {"layout": subject.layout, "pattern": subject.pattern, "shape": list(shape), "density": kept / weight.numel()}
     for batch in batches:
         x = torch.randn(batch, shape[1], generator=Generator().manual_seed(seed + 1))
-        right = {name: is_product(c.copies[0](x), x, w, exact) for name, c, w, exact in _to_check(ours, others, means, weight, layout)}
-        timed = {"": ours, **{name: other for name, other in others.items() if right[name]}}
-        seconds = interleaved(timed, x, rounds) if right[""] else {}
-        error = max_abs_err(ours.copies[0](x), x, means)
-        work = Work(packed.numel(), 4 * batch * sum(shape), batch * kept)
+        right = {name: m.right(x) for name, m in made.items()}
+        seconds = interleaved({name: m.timed for name, m in made.items() if right[name]}, x, rounds) if right[""] else {}
+        work = Work(ours.timed.size, 4 * batch * sum(shape), batch * kept)
         for name in peers:
             found = figures(seconds.get(""), seconds.get(name), work)
-            yield {"op": "linear", **what, "batch": batch, "dtype": "float32", "peer": name, **found, "max_abs_err": error, **conditions(cached, right[""] and right[name])}
+            end = {"max_abs_err": ours.max_abs_err(x), **conditions(cached, right[""] and right[name])}
+            yield {"op": "linear", **what, "batch": batch, "dtype": "float32", "peer": name, **found, **end}
 
 
-def _to_check(ours: Contestant, others: Mapping[str, Contestant], means: Tensor, weight: Tensor, layout: Layout) -> Iterator[tuple[str, Contestant, Tensor, bool]]:
-    yield "", ours, means, layout.lossless
-    for name, other in others.items():
-        yield name, other, weight, True
+@dataclass(frozen=True)
+class Made:
+    """What is timed, the matrix that it stands for, and whether it sums in float32 (or rounds x to 8 bits)."""
+
+    timed: Contestant
+    means: Tensor
+    exact: bool
+
+    def right(self, x: Tensor) -> bool:
+        return is_product(self.timed.copies[0](x), x, self.means, self.exact)
+
+    def max_abs_err(self, x: Tensor) -> float:
+        """Of the product against the float64 one."""
+        error = self.timed.copies[0](x).double() - F.linear(x.double(), self.means.double())
+        return float(error.abs().max()) if error.numel() else 0.0
+
+
+def stored(name: str, weight: Tensor, memory: int) -> Made:
+    """A layout by name."""
+    layout, shape = LAYOUTS[name], (weight.shape[0], weight.shape[1])
+    packed = layout.pack(weight)
+    one = contestant(lambda: layout.matrix(packed.clone(), shape, weight.dtype).linear, packed.numel(), memory)
+    return Made(one, layout.unpack(packed, shape, weight.dtype), layout.lossless)
+
+
+def peer(name: str, weight: Tensor, memory: int) -> Made:
+    """A peer by name: of PEERS, a layout, or one of llama.cpp's types.
+
+    Raises:
+        BadInput: none of them.
+    """
+    if name in LAYOUTS:
+        return stored(name, weight, memory)
+    if name in ggml.NAMES:
+        first = ggml.GgmlMatrix(weight, ggml.NAMES[name])
+        return Made(contestant(lambda: ggml.GgmlMatrix(weight, ggml.NAMES[name]).linear, first.size, memory), first.dense(), False)
+    return Made(contestant(lambda: PEERS[name](weight.clone()), weight.numel() * weight.element_size(), memory), weight, True)
+
+
+def known(peers: Sequence[str]) -> None:
+    """Raise BadInput for a peer that there is not."""
+    for name in peers:
+        if name not in PEERS and name not in LAYOUTS and name not in ggml.NAMES:
+            raise BadInput(f"peer {name!r}", f"known are {', '.join([*PEERS, *ggml.NAMES])}, and the layouts {', '.join(LAYOUTS)}")
 
 
 def contestant(make: Callable[[], Product], size: int, memory: int) -> Contestant:
@@ -217,11 +250,6 @@ def interleaved(contestants: Mapping[str, Contestant], x: Tensor, rounds: int) -
         for name, contestant in contestants.items():
             found[name].append(contestant.time(x, calls[name]))
     return found
-
-
-def max_abs_err(y: Tensor, x: Tensor, weight: Tensor) -> float:
-    """Of y against the float64 product."""
-    return float((y.double() - F.linear(x.double(), weight.double())).abs().max()) if y.numel() else 0.0
 
 
 def figures(ours: list[float] | None, peer: list[float] | None, work: Work) -> dict[str, Any]:

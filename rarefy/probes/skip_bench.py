@@ -9,8 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from rarefy.core.errors import BadInput
-from rarefy.layouts import LAYOUTS
-from rarefy.probes.bench import MEMORY, PEERS, Contestant, Subject, Work, cache_bytes, checked, conditions, contestant, figures, interleaved, is_product, max_abs_err
+from rarefy.probes.bench import MEMORY, Subject, Work, cache_bytes, checked, conditions, figures, interleaved, known, peer, stored
 
 
 def bench_skip(
@@ -29,7 +28,7 @@ def bench_skip(
 
     Args:
         densities: shares of the entries of x that are not zero, each row of x drawn by itself.
-        peers: of `rarefy.probes.bench.PEERS`, or a layout's name: `int4`, say, reads every weight in as many bits as `int4-columns`.
+        peers: see `rarefy.probes.bench.peer`: `int4`, say, reads every weight in as many bits as `int4-columns`.
         memory: as in `rarefy.probes.bench.bench`.
 
     Returns:
@@ -42,9 +41,7 @@ def bench_skip(
     for subject in subjects:
         if subject.pattern != Subject.pattern:
             raise BadInput(f"layout {subject.layout}@{subject.pattern}", "the weights are dense where zeros of the input are timed", "name the layout alone")
-    for name in peers:
-        if name not in PEERS and name not in LAYOUTS:
-            raise BadInput(f"peer {name!r}", f"known are {', '.join(PEERS)}, and the layouts {', '.join(LAYOUTS)}")
+    known(peers)
     cases = [(subject.layout, shape) for subject in subjects for shape in shapes]
     rows: list[dict[str, Any]] = []
     for number, (layout, shape) in enumerate(cases):
@@ -58,20 +55,19 @@ def _case(
     layout: str, shape: tuple[int, int], densities: Sequence[float], batches: Sequence[int], peers: Sequence[str], rounds: int, seed: int, share: int
 ) -> Iterator[dict[str, Any]]:
     weight = torch.randn(shape, generator=Generator().manual_seed(seed))
-    made = {"": _stored(layout, weight, share), **{name: _stored(name, weight, share) if name in LAYOUTS else _peer(name, weight, share) for name in peers}}
-    cached = any(len(c.copies) * c.size < cache_bytes() for c, _, _ in made.values())
+    made = {"": stored(layout, weight, share), **{name: peer(name, weight, share) for name in peers}}
+    cached = any(len(m.timed.copies) * m.timed.size < cache_bytes() for m in made.values())
     for density in densities:
         for batch in batches:
             x = inputs(batch, shape[1], density, seed + 1)
-            right = {name: is_product(c.copies[0](x), x, means, exact) for name, (c, means, exact) in made.items()}
-            seconds = interleaved({name: c for name, (c, _, _) in made.items() if right[name]}, x, rounds) if right[""] else {}
+            right = {name: m.right(x) for name, m in made.items()}
+            seconds = interleaved({name: m.timed for name, m in made.items() if right[name]}, x, rounds) if right[""] else {}
             needed = float((x != 0).any(0).double().mean())
-            work = Work(round(made[""][0].size * needed), 4 * batch * sum(shape), int((x != 0).sum()) * shape[0])
-            error = max_abs_err(made[""][0].copies[0](x), x, made[""][1])
+            work = Work(round(made[""].timed.size * needed), 4 * batch * sum(shape), int((x != 0).sum()) * shape[0])
             head = {"op": "skip", "layout": layout, "pattern": Subject.pattern, "shape": list(shape), "density": int((x != 0).sum()) / x.numel(), "batch": batch}
             for name in peers:
-                found = figures(seconds.get(""), seconds.get(name), work)
-                yield {**head, "dtype": "float32", "peer": name, **found, "max_abs_err": error, **conditions(cached, right[""] and right[name])}
+                end = {"max_abs_err": made[""].max_abs_err(x), **conditions(cached, right[""] and right[name])}
+                yield {**head, "dtype": "float32", "peer": name, **figures(seconds.get(""), seconds.get(name), work), **end}
 
 
 def inputs(batch: int, columns: int, density: float, seed: int) -> Tensor:
@@ -84,17 +80,3 @@ def inputs(batch: int, columns: int, density: float, seed: int) -> Tensor:
     x = torch.randn(batch, columns, generator=generator)
     order = torch.rand(batch, columns, generator=generator).argsort(1)
     return torch.where(order < max(1, round(density * columns)), x, 0.0)
-
-
-Made = tuple[Contestant, Tensor, bool]  # one, the matrix that it stands for, and whether it sums in float32
-
-
-def _stored(name: str, weight: Tensor, memory: int) -> Made:
-    layout, shape = LAYOUTS[name], (weight.shape[0], weight.shape[1])
-    packed = layout.pack(weight)
-    one = contestant(lambda: layout.matrix(packed.clone(), shape, weight.dtype).linear, packed.numel(), memory)
-    return one, layout.unpack(packed, shape, weight.dtype), layout.lossless
-
-
-def _peer(name: str, weight: Tensor, memory: int) -> Made:
-    return contestant(lambda: PEERS[name](weight.clone()), weight.numel() * weight.element_size(), memory), weight, True
