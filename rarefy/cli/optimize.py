@@ -47,7 +47,7 @@ def optimize(
         str | None, typer.Option(help="What to win: speed, size or memory, by all levers, measured and packed; default: the sparsest weights, a plain folder.")
     ] = None,
     bits: Annotated[str, typer.Option(help="With --target: layouts with fewer bits to try, separated by commas; none for none.")] = "int8,int4,int4-asymmetric",
-    gates: Annotated[str, typer.Option(help="With --target speed: gatings to try, each searched over density; none for none.")] = "cats",
+    gates: Annotated[str, typer.Option(help="With --target speed: gatings to try, each searched over density; none for none.")] = "uniform-threshold",
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = 8192,
     text: Text = None,

@@ -142,10 +142,10 @@ def _structure(weight: Tensor) -> str:
 
 def _machine() -> str:
     extension = native()
-    return f"{_processor()}|{extension.isa() if extension else 'pytorch'}|{torch.get_num_threads()}|{torch.__version__}|{','.join(LAYOUTS)}"
+    return f"{processor()}|{extension.isa() if extension else 'pytorch'}|{torch.get_num_threads()}|{torch.__version__}|{','.join(LAYOUTS)}"
 
 
-def _processor() -> str:
+def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.is_file() else []
     return names[0] if names else platform.processor() or platform.machine()
