@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
         assert rarefy.cli.verbs is not None
         code: Any = app(args=argv, standalone_mode=False)
+        sys.stdout.flush()  # a reader that is gone shows here, not at exit
         if code == _INTERRUPTED:  # typer makes a code of Ctrl-C
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
@@ -55,9 +56,12 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing half-written was left, run the same command again", _INTERRUPTED)
-    except BrokenPipeError:  # the reader had enough, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        return _unread()
+    except SystemExit as stop:  # rich and typer make an exit of it
+        if not isinstance(stop.__context__, BrokenPipeError):
+            raise
+        return _unread()
     except OSError as error:
         if error.errno not in _DISK:
             raise
@@ -77,10 +81,12 @@ def _help(error: Exception) -> str:
     return f"rarefy {verb} --help" if verb else "rarefy --help"
 
 
+def _unread() -> int:
+    """The reader had enough, as with `| head`: nothing went wrong, and the rest goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 0
+
+
 def _fail(message: str, code: int) -> int:
     sys.stderr.write(f"error: {message}\n")
     return code
-
-
-def run() -> None:
-    sys.exit(main())
