@@ -236,6 +236,27 @@ def test_an_interrupted_verb_says_so(capsys: pytest.CaptureFixture[str], monkeyp
     assert run(capsys, "eval", tiny) == (130, "", "error: interrupted; nothing half-written was left, run the same command again\n")
 
 
+@pytest.mark.parametrize(
+    ("most", "said", "left"),
+    [
+        (8_000, "a file of it is larger than this system's limit; free some space or name another folder; nothing was finished, nothing was kept; the same command begins", []),
+        (64_000, "nothing half-written was left; 2 of 2 blocks are kept in {out}.partial; the same command goes on from there.", ["out.partial"]),
+    ],
+)
+def test_no_room_says_what_is_left_and_where(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path, most: int, said: str, left: list[str]) -> None:
+    resource = pytest.importorskip("resource")
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        code, _, err = run(capsys, "prune", tiny, "--out", str(out), *(a.replace("TINY", tiny) for a in CALIBRATION))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 6
+    assert said.format(out=out) in err
+    assert len(err.splitlines()) == 1
+    assert [f.name for f in tmp_path.iterdir()] == left
+
+
 def test_pack_says_why_a_matrix_stays_dense(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
     code, out, err = run(capsys, "pack", tiny, "--out", str(tmp_path / "packed"))
     assert code == 0, err

@@ -11,12 +11,11 @@ import typer
 
 from rarefy.core.discover import load_plugin
 from rarefy.core.errors import RarefyError
+from rarefy.core.files import no_room
 
 _INTERRUPTED = 130
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
+_CLOSED = (errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
 _NAMED = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
-_DISK = (*_FULL, *_CLOSED, *_NAMED)
 
 app = typer.Typer(
     name="rarefy",
@@ -63,9 +62,10 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _unread()
     except OSError as error:
-        if error.errno not in _DISK:
+        remedy = _remedy(error)
+        if remedy is None:
             raise
-        return _fail(f"{error.filename or 'a file'}: {error.strerror}; nothing half-written was left.", 6)
+        return _fail(f"{error.filename or 'a file'}: {error.strerror}; nothing half-written was left, {remedy}.", 6)
     except typer.Exit as stop:
         return int(stop.exit_code)
     except Exception as error:
@@ -73,6 +73,15 @@ def main(argv: list[str] | None = None) -> int:
         if usage is None:
             raise
         return _fail(f"{usage().rstrip('.')}; see {_help(error)}.", getattr(error, "exit_code", 2))
+
+
+def _remedy(error: OSError) -> str | None:
+    """What helps against an error of the disk; None where it is none."""
+    if no_room(error) is not None:
+        return "free some space"
+    if error.errno in _CLOSED:
+        return "name a place that you may write to"
+    return "check the path" if error.errno in _NAMED else None
 
 
 def _help(error: Exception) -> str:

@@ -16,6 +16,7 @@ from rarefy.cli.loading import load, need_plain, window
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, line, show, table
 from rarefy.cli.prune import need_tokenizer, to_device, versions
+from rarefy.cli.resuming import resumable
 from rarefy.core.records import Recipe
 from rarefy.hub.atomic import check_target
 from rarefy.hub.export import save_dense
@@ -75,14 +76,15 @@ def run(
     evaluate = scorer(loaded)
     began = time.monotonic()
     journal = Path(f"{out.rstrip('/')}.tries.json")
-    record, pruned = search(loaded.model, batches, chosen, lambda m: evaluate(m, ids), max_loss=budget, seed=seed, journal=journal, progress=progress)
-    saved = {
-        **(pruned or {"model": loaded.spec, "recipe": "dense", "pattern": "", "density": 1.0, "sites": []}),
-        "optimize": record,
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
-    save_dense(loaded.model, loaded.tokenizer, out, force=force, record=saved, timings={"optimize_s": time.monotonic() - began})
+    with resumable(lambda: f"the finished tries are kept in {journal}" if journal.is_file() else None):
+        record, pruned = search(loaded.model, batches, chosen, lambda m: evaluate(m, ids), max_loss=budget, seed=seed, journal=journal, progress=progress)
+        saved = {
+            **(pruned or {"model": loaded.spec, "recipe": "dense", "pattern": "", "density": 1.0, "sites": []}),
+            "optimize": record,
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
+        save_dense(loaded.model, loaded.tokenizer, out, force=force, record=saved, timings={"optimize_s": time.monotonic() - began})
     journal.unlink(missing_ok=True)
     return record
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +16,8 @@ from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, 
 from rarefy.cli.loading import load_or_stream, need_plain, window
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, err, line, show, table, text
-from rarefy.core.errors import BadInput, RarefyError
+from rarefy.cli.resuming import finished, resumable
+from rarefy.core.errors import BadInput
 from rarefy.hub.atomic import check_target
 from rarefy.hub.export import clear_drafts, save_dense
 from rarefy.hub.tensor_file import write_tensors
@@ -59,7 +58,7 @@ def prune(
     check_target(Path(out), force=force)
     whole = Path(out).absolute()
     checkpoint = Checkpoint(whole.with_name(f"{whole.name}.partial"), replace=force, on_resume=_say_resumed)
-    with checkpoint.locked(), _interruptible(checkpoint):
+    with checkpoint.locked(), resumable(finished(checkpoint, "blocks")):
         clear_drafts(whole)
         began = time.monotonic()
         loaded, weights = load_or_stream(model, stream, dtype=dtype, device=device)
@@ -92,23 +91,6 @@ def prune(
         save_dense(loaded.model, loaded.tokenizer, out, force=force, record=record, timings=timings, write=weights.write if weights else None, extra=masks)
         checkpoint.remove()
     show({**record, "out": out}, as_json, _draw)
-
-
-class Interrupted(RarefyError):
-    """Ctrl-C."""
-
-    exit_code = 130
-
-
-@contextmanager
-def _interruptible(checkpoint: Checkpoint) -> Iterator[None]:
-    """Ctrl-C says what was kept."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        done, groups = checkpoint.finished
-        kept = f"{done} of {groups} blocks are kept in {checkpoint.folder}" if done else "no block was finished, nothing was kept"
-        raise Interrupted("interrupted", kept, "the same command goes on from there" if done else "the same command begins again") from stop
 
 
 def _write_masks(path: Path, sites: list[dict[str, Any]], checkpoint: Checkpoint) -> None:
