@@ -196,7 +196,7 @@ def test_train_resumes_and_the_catalogue_has_172_rows(capsys: pytest.CaptureFixt
 
 
 def test_help_has_an_example_for_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("prune", "heal", "optimize", "eval", "generate", "compare", "report", "train", "catalogue", "methods", "cache"):
+    for verb in ("prune", "heal", "optimize", "pack", "unpack", "eval", "generate", "bench", "compare", "report", "train", "catalogue", "methods", "cache"):
         code, text, _ = run(capsys, verb, "--help")
         assert code == 0
         assert f"rarefy {verb}" in " ".join(text.split()), verb
@@ -224,8 +224,43 @@ def test_a_packed_model_is_not_pruned(capsys: pytest.CaptureFixture[str], tiny: 
     assert run(capsys, "pack", str(tmp_path / "half"), "--out", str(tmp_path / "packed"))[0] == 0
     code, _, err = run(capsys, "prune", str(tmp_path / "packed"), "--out", str(tmp_path / "again"), *(a.replace("TINY", tiny) for a in CALIBRATION))
     assert code == 5
-    assert "is packed: only plain weights can be pruned or packed" in err
+    assert f"is packed: this verb works on plain weights; run rarefy unpack {tmp_path}/packed --out DIR first" in err
+    code, _, err = run(capsys, "prune", str(tmp_path / "packed"), "--stream", "--out", str(tmp_path / "again"))
+    assert code == 5
+    assert f"run rarefy unpack {tmp_path}/packed --out DIR first" in err
     assert sorted(f.name for f in tmp_path.iterdir()) == ["half", "packed"]
+
+
+def test_unpack_writes_the_plain_folder_that_was_packed(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    half, packed, plain = (str(tmp_path / name) for name in ("half", "packed", "plain"))
+    prune_json(capsys, tiny, Path(half), "--recipe", "magnitude")
+    assert run(capsys, "pack", half, "--out", packed)[0] == 0
+    code, out, err = run(capsys, "unpack", packed, "--out", plain)
+    assert code == 0, err
+    assert "14 matrices unpacked: 32.6 kB became 61.4 kB, 50.00% zeros" in out
+    assert "quantization_config" not in json.loads((Path(plain) / "config.json").read_text())
+    with safe_open(f"{half}/model.safetensors", "pt") as before, safe_open(f"{plain}/model.safetensors", "pt") as after:
+        assert sorted(before.keys()) == sorted(after.keys())
+        assert all(torch.equal(before.get_tensor(key), after.get_tensor(key)) for key in before.keys())  # noqa: SIM118
+    code, _, err = run(capsys, "unpack", half, "--out", str(tmp_path / "x"))
+    assert code == 5 and "is not packed" in err
+    model = transformers.AutoModelForCausalLM.from_pretrained(packed)
+    model.dequantize().save_pretrained(tmp_path / "by-transformers")
+    assert (tmp_path / "by-transformers" / "model.safetensors").read_bytes() == (tmp_path / "plain" / "model.safetensors").read_bytes()
+
+
+def test_unpack_leaves_no_gate_out_unasked(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    gated, plain = str(tmp_path / "gated"), str(tmp_path / "plain")
+    assert run(capsys, "pack", tiny, "--out", gated, "--gate", "topk:density=0.5", "--gate-at", "*.mlp.down_proj", *(a.replace("TINY", tiny) for a in CALIBRATION))[0] == 0
+    code, _, err = run(capsys, "unpack", gated, "--out", plain)
+    assert code == 5
+    assert "the gate on model.layers.0.mlp.down_proj and 1 more: a plain folder cannot hold it" in err
+    assert not Path(plain).exists()
+    code, out, _ = run(capsys, "unpack", gated, "--out", plain, "--drop-gates", "--json")
+    assert code == 0
+    assert [gate["name"] for gate in json.loads(out)["dropped_gates"]] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    model, dense = transformers.AutoModelForCausalLM.from_pretrained(plain), transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), dense.state_dict().values(), strict=True))
 
 
 def test_an_interrupted_verb_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rarefy.cli import names
 from rarefy.cli.arguments import Device, Force, Json, Seed, Text
-from rarefy.cli.loading import load
+from rarefy.cli.loading import load, need_plain
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, err, line, show
 from rarefy.cli.prune import need_tokenizer, versions
@@ -74,6 +74,7 @@ def heal(
     with checkpoint.locked(), resumable(finished(checkpoint, "steps")):
         clear_drafts(whole)
         loaded = load(model, dtype=dtype, device=device)
+        need_plain(loaded)
         pruned_sites(loaded.model)
         parent = None if teacher is None else Teacher(_parent(load(teacher, dtype=dtype, device=device), loaded), alpha, temperature)
         windows, held_out = texts(loaded, wanted, train_text, text, eval_tokens, seed)

@@ -42,7 +42,7 @@ def window(loaded: hub.Loaded) -> int:
 def need_plain(loaded: hub.Loaded) -> None:
     """Refused: the model is packed, so that there is no plain weight to work on."""
     if any(isinstance(module, Packed) for module in loaded.model.modules()):
-        raise Refused(f"{loaded.spec} is packed", "only plain weights can be pruned or packed", "begin from the folder that it was packed from")
+        raise Refused(f"{loaded.spec} is packed", "this verb works on plain weights", f"run rarefy unpack {loaded.spec} --out DIR first, and name DIR")
 
 
 def _quiet() -> None:

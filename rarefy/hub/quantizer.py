@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 from rarefy.core.attach import PREFIX, attach_gate, gated
 from rarefy.core.errors import BadFile, BadInput
 from rarefy.core.roles import Gate
-from rarefy.hub.packed import matrix, packed_kind, replace, unchanged
+from rarefy.hub.packed import dequantize, matrix, packed_kind, replace, unchanged
 from rarefy.hub.plan import METHOD, Layer, Plan, parse
 from rarefy.hub.tensors import check_folder, headers, stored
 from rarefy.surgery.narrow import replay
@@ -87,6 +87,10 @@ class RarefyQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
         unchanged(model, self._plan())
         return None, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """`model.dequantize()` of transformers; raises as `rarefy.hub.packed.dequantize`."""
+        return dequantize(model)
 
     def _plan(self) -> Plan:
         config: Any = self.quantization_config
