@@ -68,6 +68,22 @@ def test_prune_writes_exact_zeros_that_plain_transformers_loads(capsys: pytest.C
         assert int(zeros) == next(round(s["kept"] / s["density"]) - s["kept"] for s in record["sites"] if "layers.0.mlp.up" in s["name"])
 
 
+def test_a_matrix_that_keeps_nothing_is_named(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    command = ("prune", tiny, "--recipe", "magnitude", "--calibration", f"{tiny}/text.txt", "--calibration-tokens", "512", "--json")
+    code, text, err = run(capsys, *command, "--density", "5e-4", "--allocation", "global", "--out", str(tmp_path / "few"))
+    assert code == 0
+    record = json.loads(text)
+    empty = [site["name"] for site in record["sites"] if site["kept"] == 0]
+    assert 0 < len(empty) < 14
+    assert record["emptied"] == empty == json.loads((tmp_path / "few" / "prune.json").read_text())["emptied"]
+    assert err.startswith(f"warning: {len(empty)} matrices keep no weight at all and compute zeros: {', '.join(empty[:5])} and {len(empty) - 5} more; a larger --density")
+    code, text, err = run(capsys, *command, "--density", "1e-7", "--out", str(tmp_path / "none"))
+    assert (code, text) == (2, "")
+    assert "density 1e-07: it keeps none of 15,360 weights; ask for at least 6.5e-05" in err
+    assert not (tmp_path / "none").exists()
+    assert "warning" not in run(capsys, *command, "--out", str(tmp_path / "half"))[2]
+
+
 def test_two_runs_give_the_same_bytes(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
     for name in ("a", "b"):
         prune_json(capsys, tiny, tmp_path / name, "--recipe", "random-pruning", "--density", "0.3")

@@ -15,7 +15,7 @@ from rarefy.cli.compare import scorer
 from rarefy.cli.loading import load, need_plain, window
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, line, show, table
-from rarefy.cli.prune import need_tokenizer, to_device, versions
+from rarefy.cli.prune import need_tokenizer, to_device, versions, warn_emptied
 from rarefy.cli.resuming import resumable
 from rarefy.core.records import Recipe
 from rarefy.hub.atomic import check_target
@@ -84,6 +84,7 @@ def run(
             "threads": torch.get_num_threads(),
             "versions": versions(),
         }
+        warn_emptied(saved.get("emptied", []))
         save_dense(loaded.model, loaded.tokenizer, out, force=force, record=saved, timings={"optimize_s": time.monotonic() - began})
     journal.unlink(missing_ok=True)
     return record

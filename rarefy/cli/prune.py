@@ -27,6 +27,8 @@ from rarefy.weights.prune import prune as prune_model
 
 MASKS = "masks.safetensors"  # packed bits, one 1-D tensor per site; shapes are in the record
 
+NAMED = 5  # matrices that a warning names
+
 EPILOG = "Examples:  rarefy prune demo --recipe sparsegpt --density 0.5 --out half   ·   rarefy prune demo --recipe wanda --pattern 2:4 --out two-four --json"
 
 
@@ -90,6 +92,7 @@ def prune(
         masks = {MASKS: lambda path: _write_masks(path, record["sites"], checkpoint)}
         save_dense(loaded.model, loaded.tokenizer, out, force=force, record=record, timings=timings, write=weights.write if weights else None, extra=masks)
         checkpoint.remove()
+    warn_emptied(record["emptied"])
     show({**record, "out": out}, as_json, _draw)
 
 
@@ -106,6 +109,15 @@ def _say_resumed(finished: int, groups: int) -> None:
 def check_density(density: float) -> None:
     if not 0 < density <= 1:
         raise BadInput(f"density {density}", "a density is the fraction of weights that is kept, in (0, 1]", "pass for example --density 0.5")
+
+
+def warn_emptied(names: list[str]) -> None:
+    """Matrices that keep nothing are named, since what runs through them is lost."""
+    if names:
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        one = len(names) == 1
+        what = "1 matrix keeps no weight at all and computes zeros" if one else f"{len(names)} matrices keep no weight at all and compute zeros"
+        err.print(f"warning: {what}: {', '.join(names[:NAMED])}{more}; a larger --density or another --allocation keeps some", highlight=False, soft_wrap=True)
 
 
 def need_tokenizer(loaded: Any) -> Any:
