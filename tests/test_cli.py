@@ -84,6 +84,15 @@ def test_a_matrix_that_keeps_nothing_is_named(capsys: pytest.CaptureFixture[str]
     assert "warning" not in run(capsys, *command, "--out", str(tmp_path / "half"))[2]
 
 
+def test_a_table_says_what_its_errors_are_of(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    command = ("prune", tiny, "--recipe", "magnitude", "--calibration", f"{tiny}/text.txt", "--calibration-tokens", "512")
+    code, with_outputs, _ = run(capsys, *command, "--out", str(tmp_path / "a"))
+    assert code == 0 and "(mean relative output error)\n" in with_outputs
+    code, without, _ = run(capsys, *command, "--no-errors", "--out", str(tmp_path / "b"))
+    assert code == 0 and "output error" not in without
+    assert "(mean relative error of the weights; no output was measured)\n" in without
+
+
 def test_two_runs_give_the_same_bytes(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
     for name in ("a", "b"):
         prune_json(capsys, tiny, tmp_path / name, "--recipe", "random-pruning", "--density", "0.3")

@@ -143,6 +143,14 @@ def _kin(name: str) -> str:
     return ".".join(part for part in re.sub(r"\[\d+\]", "", name.removesuffix(".weight")).split(".") if not part.isdigit())
 
 
+def error_of(sites: list[dict[str, Any]]) -> str:
+    """What the errors of these sites are relative to: their outputs, or the weights alone where no output was measured."""
+    alone = sum(s["error_on"] == "weight" for s in sites)
+    if sites and alone == len(sites):
+        return "relative error of the weights; no output was measured"
+    return "relative output error" + (f"; of the weights alone at {alone} of {len(sites)} matrices" if alone else "")
+
+
 def _draw(record: dict[str, Any]) -> None:
     groups: dict[str, list[dict[str, Any]]] = {}
     for site in record["sites"]:
@@ -157,5 +165,5 @@ def _draw(record: dict[str, Any]) -> None:
         }
         for name, sites in groups.items()
     ]
-    table(rows, ["matrices", "n", "density", "error, mask only", "error"], f"{record['recipe']} · {record['pattern']} · {record['model']} (mean relative output error)")
-    line(f"density {text(record['density'])} of {text(record['density_requested'])} asked; written to {record['out']}")
+    table(rows, ["matrices", "n", "density", "error, mask only", "error"], f"{record['recipe']} · {record['pattern']} · {record['model']} (mean {error_of(record['sites'])})")
+    line(f"density {text(record['density'])} where {text(record['density_requested'])} was asked; written to {record['out']}")
