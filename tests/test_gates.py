@@ -267,6 +267,9 @@ def test_transformers_without_rarefy_raises_on_every_kind_of_folder(tmp_path: Pa
     done = subprocess.run([sys.executable, "-c", ALONE, *folders], capture_output=True, text=True, check=True)
     *packed, plain = done.stdout.strip().splitlines()
     assert packed == ["raised RuntimeError True"] * 6 and plain == f"loaded {folders[-1]}"
+    assert done.stderr.count("got rarefy (pip install rarefy, then import rarefy)") == 3  # golden folders have the bare name
+    for folder in folders[3:6]:
+        assert "pip install 'rarefy[hub]'" in (Path(folder) / "README.md").read_text()
 
 
 def test_the_threshold_is_the_plans_in_the_dtype_that_was_asked(tmp_path: Path) -> None:

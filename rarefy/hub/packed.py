@@ -182,11 +182,25 @@ def save_packed(
                 seals = {key: tensor.seal() for key, tensor in stored(draft.glob("*.safetensors")).items()}
                 model.config.quantization_config = RarefyConfig(**Plan(layers, plan.edits, gates, seals).to_dict())
                 model.config.save_pretrained(draft)
+                (draft / "README.md").write_text(_card(model, record))
             (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     finally:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     return record
+
+
+def _card(model: Any, record: Mapping[str, Any]) -> str:
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    holds = [f"{record['packed']} of {len(record['sites'])} matrices are stored without their zeros"]
+    holds += [f"{len(record[what])} {words}" for what, words in (("gates", "activation gates"), ("edits", "narrower MLPs")) if record[what]]
+    return (
+        f"# {Path(name).name if Path(name).exists() else name}, packed\n\n"
+        f"{', '.join(holds)}. transformers needs rarefy to load them, and raises an error without it:\n\n"
+        f"```sh\npip install 'rarefy[hub]'\n```\n\n```python\nimport rarefy\nfrom transformers import {type(model).__name__}\n\n"
+        f"model = {type(model).__name__}.from_pretrained(FOLDER)\n```\n\n"
+        f"`rarefy unpack FOLDER --out PLAIN` makes plain weights of them. `{RECORD}` holds the record of every matrix.\n"
+    )
 
 
 def _write(model: Any, draft: Path, packed: dict[str, Tensor], max_shard_size: str | int) -> None:
