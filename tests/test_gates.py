@@ -331,6 +331,22 @@ def test_a_plain_folder_of_a_gated_or_narrow_model_is_refused(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+def test_save_pretrained_never_leaves_a_gate_out(tmp_path: Path) -> None:
+    model = llama()
+    attach_gates(model, TopK(0.5), ["*.mlp.down_proj"])
+    for holder in (model, model.model, copy.deepcopy(model)):
+        with pytest.raises(Refused, match=r"the gate on .*save_pretrained would leave it out, and the folder would run dense"):
+            holder.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    save_packed(model, None, tmp_path / "packed")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    again.save_pretrained(tmp_path / "again")  # its config holds the plan
+    assert (tmp_path / "again" / "config.json").read_bytes() == (tmp_path / "packed" / "config.json").read_bytes()
+    detach_gates(model)
+    assert "save_pretrained" not in {**model.__dict__, **model.model.__dict__}
+    model.save_pretrained(tmp_path / "plain")
+
+
 def test_dequantize_refuses_gates_until_they_are_off(tmp_path: Path) -> None:
     model = reloaded(tmp_path / "out")
     with pytest.raises(Refused, match="would run dense"):

@@ -207,7 +207,7 @@ def _write(model: Any, draft: Path, packed: dict[str, Tensor], max_shard_size: s
     """Files as transformers writes them when the reloaded model is saved again: keys sorted, packed bytes counted as parameters."""
     state = model.state_dict()
     try:
-        model.save_pretrained(draft, state_dict=dict(sorted({**state, **packed}.items())), max_shard_size=max_shard_size)
+        type(model).save_pretrained(model, draft, state_dict=dict(sorted({**state, **packed}.items())), max_shard_size=max_shard_size)
     except RuntimeError as error:
         if "shared tensors" not in str(error):
             raise

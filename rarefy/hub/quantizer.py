@@ -51,6 +51,7 @@ class RarefyQuantizer(HfQuantizer):
     """Replays edits, packed layers and gates; verifies every tensor, and size and bit count of the packed ones."""
 
     requires_calibration = False
+    holds_gates = True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         plan = self._plan()
