@@ -511,12 +511,42 @@ def test_a_user_reaches_gates_from_the_command_line(tiny: str, tmp_path: Path, c
     assert main([*command, "--out", str(tmp_path / "out")]) == 0
     record = json.loads(capsys.readouterr().out)
     assert [g["name"].rpartition(".")[2] for g in record["gates"]] == ["gate_proj", "up_proj", "down_proj"]
-    assert all(g["settings"]["threshold"] > 0 and g["density"] == pytest.approx(0.25, abs=1e-3) for g in record["gates"])
+    assert all(g["settings"]["threshold"] > 0 for g in record["gates"])
+    assert record["gating"]["density_requested"] == 0.25 and record["gating"]["ledger"]["tokens"] == 256  # half of the only window
     model = load(tmp_path / "out").model
     assert [g.settings() for g in gated(model).values()] == [g["settings"] for g in record["gates"]]
     assert main(["eval", str(tmp_path / "out"), "--text", f"{tiny}/text.txt", "--tokens", "1024"]) == 0
     assert main([*command, "--out", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+def test_gates_put_on_by_hand_are_measured_on_windows_that_they_have_not_seen(two: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rarefy.cli.main import main
+    from rarefy.hub.text import calibration_batches
+
+    text = ["--calibration", f"{two}/text.txt", "--calibration-tokens", "2048"]
+    assert main(["pack", two, "--gate", "threshold:density=0.25", "--gate-at", "*.down_proj", *text, "--json", "--out", str(tmp_path / "out")]) == 0
+    record = json.loads(capsys.readouterr().out)
+    loaded = load(tmp_path / "out")
+    *seen, heldout = calibration_batches(loaded.tokenizer, 2048, 512, 0, f"{two}/text.txt")
+    assert len(seen) == 3
+
+    def densities(batches: list[Any]) -> list[float]:
+        found: dict[str, list[torch.Tensor]] = {place: [] for place in gated(loaded.model)}
+        hooks = [gate.register_forward_hook(lambda *a, place=place: found[place].append(a[2] != 0)) for place, gate in gated(loaded.model).items()]
+        with torch.no_grad():
+            for batch in batches:
+                loaded.model(**batch)
+        for hook in hooks:
+            hook.remove()
+        return [float(torch.cat([part.reshape(-1) for part in parts]).double().mean()) for parts in found.values()]
+
+    reported = [gate["density"] for gate in record["gates"]]
+    assert reported == pytest.approx(densities([heldout]), abs=1e-9)
+    assert densities(seen) == pytest.approx([0.25, 0.25], abs=0.01) and reported != pytest.approx(densities(seen), abs=1e-6)
+    assert main(["pack", two, "--gate", "threshold:density=0.25", "--gate-at", "*.down_proj", *text, "--out", str(tmp_path / "drawn")]) == 0
+    drawn = capsys.readouterr().out
+    assert "of its held-out activations stay" in drawn and "where 0.25 was asked, measured on 512 held-out tokens" in drawn
 
 
 @pytest.mark.parametrize(
