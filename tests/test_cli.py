@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import rarefy
 from rarefy.cli.main import main
 
 transformers = pytest.importorskip("transformers")
@@ -315,6 +317,41 @@ def test_no_room_says_what_is_left_and_where(capsys: pytest.CaptureFixture[str],
     assert said.format(out=out) in err
     assert len(err.splitlines()) == 1
     assert [f.name for f in tmp_path.iterdir()] == left
+
+
+def test_the_version_says_what_computes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from rarefy.kernels.library import native
+
+    code, out, _ = run(capsys, "--version")
+    assert code == 0 and out.startswith(f"rarefy {rarefy.__version__}\n") and f"torch {torch.__version__}, transformers {transformers.__version__}" in out
+    if native() is not None:
+        assert f"\nnative kernels: {native().isa()}, 1 thread" in out
+    monkeypatch.setenv("RAREFY_NATIVE", "off")
+    assert "\nnative kernels: none, everything runs in PyTorch, slower (RAREFY_NATIVE=off in the environment)\n" in run(capsys, "--version")[1]
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [(ModuleNotFoundError("no"), "they were not built; with a C++17 compiler"), (ImportError("libgomp.so.1: cannot open"), "they do not load: libgomp.so.1: cannot open; with")],
+)
+def test_verbs_that_need_kernels_say_why_there_are_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny: str, tmp_path: Path, found: ImportError, said: str
+) -> None:
+    real = importlib.import_module
+
+    def broken(name: str, *where: str) -> Any:
+        if name.endswith("_native"):
+            raise found
+        return real(name, *where)
+
+    monkeypatch.setattr("rarefy.kernels.library._extension", None)
+    monkeypatch.setattr("importlib.import_module", broken)
+    monkeypatch.setattr("rarefy.cli.pack.Chooser", lambda *_: "bitmask")  # the choice itself takes seconds
+    for verb in (("pack", tiny, "--layout", "auto", "--out", str(tmp_path / "o")), ("generate", tiny, "--tokens", "2", "--runs", "1")):
+        code, _, err = run(capsys, *verb)
+        assert code == 0, err
+        assert err.count("note: native kernels: none, everything runs in PyTorch, slower (" + said) == 1
+    assert "note:" not in run(capsys, "generate", tiny, "--tokens", "2", "--runs", "1", "--engine", "transformers")[2]
 
 
 def test_pack_says_why_a_matrix_stays_dense(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:

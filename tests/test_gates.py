@@ -546,7 +546,7 @@ def test_gates_put_on_by_hand_are_measured_on_windows_that_they_have_not_seen(tw
     assert densities(seen) == pytest.approx([0.25, 0.25], abs=0.01) and reported != pytest.approx(densities(seen), abs=1e-6)
     assert main(["pack", two, "--gate", "threshold:density=0.25", "--gate-at", "*.down_proj", *text, "--out", str(tmp_path / "drawn")]) == 0
     drawn = capsys.readouterr().out
-    assert "of its held-out activations stay" in drawn and "where 0.25 was asked, measured on 512 held-out tokens" in drawn
+    assert "│ threshold │ model.layers.mlp.down_proj │ 2 │" in drawn and "where 0.25 was asked, measured on 512 held-out tokens" in drawn
 
 
 @pytest.mark.parametrize(

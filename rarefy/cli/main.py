@@ -27,8 +27,17 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from rarefy.cli.kernels import version
+
+        typer.echo(version())
+        raise typer.Exit
+
+
 @app.callback()
 def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Versions, and whether native kernels compute here.")] = False,
     plugin: Annotated[list[str] | None, typer.Option(help="A Python file with parts of your own; may be repeated.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads for torch; default: all cores.", min=1)] = None,
 ) -> None:

@@ -12,10 +12,11 @@ from rarefy.activations.apply import apply_gating, measure_gates
 from rarefy.activations.attach import attach_gates
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed
+from rarefy.cli.kernels import say_absent
 from rarefy.cli.loading import load, need_plain, window
 from rarefy.cli.main import app
-from rarefy.cli.output import line, megabytes, show, text
-from rarefy.cli.prune import need_tokenizer
+from rarefy.cli.output import line, megabytes, show, table, text
+from rarefy.cli.prune import kin, need_tokenizer
 from rarefy.core.errors import BadInput
 from rarefy.core.roles import Gate
 from rarefy.hub.atomic import check_target
@@ -67,6 +68,8 @@ def pack(
     elif whole is not None:
         measured = apply_gating(loaded.model, whole, *split(batches))
     kept = {} if measured is None else {row["name"]: row["density"] for row in measured["gates"]}
+    if layout == "auto":
+        say_absent()
     chosen_layout = Chooser(_batches(batch), cache_dir() / "layouts.json") if layout == "auto" else layout
     record = save_packed(loaded.model, loaded.tokenizer, out, chosen_layout, force=force, gating=measured)
     shown = [{**entry, "density": kept.get(entry["name"])} for entry in record["gates"]]
@@ -98,12 +101,20 @@ def _batches(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def gate_rows(gates: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for the same place of every block: how many there are, and their mean density."""
+    kinds: dict[tuple[str, str], list[float]] = {}
+    for gate in gates:
+        kinds.setdefault((gate["gate"], kin(gate["name"])), []).append(gate["density"])
+    return [{"gate": kind, "on": place, "n": len(found), "density": sum(found) / len(found)} for (kind, place), found in kinds.items()]
+
+
 def _draw(r: dict[str, Any]) -> None:
     line(f"{r['packed']} of {len(r['sites'])} matrices packed: {megabytes(r['bytes_dense'])} became {megabytes(r['bytes_stored'])}; written to {r['out']}")
-    for reason, count in Counter(s["dense_because"] for s in r["sites"] if s["dense_because"]).most_common(3):
+    for reason, count in Counter(s["dense_because"].partition(":")[0] for s in r["sites"] if s["dense_because"]).most_common(3):
         line(f"{count} stay dense: {reason}")
-    for gate in r["gates"]:
-        line(f"gate {gate['gate']} on {gate['name']}: {text(gate['density'])} of its held-out activations stay")
+    if r["gates"]:
+        table(gate_rows(r["gates"]), ["gate", "on", "n", "density"], "density: the share of held-out activations that stay")
     if "gating" in r:
         gating, ledger = r["gating"], r["gating"]["ledger"]
         asked = "" if gating["density_requested"] is None else f" where {text(gating['density_requested'])} was asked"

@@ -138,7 +138,7 @@ def versions() -> dict[str, str]:
     return {"rarefy": rarefy.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def _kin(name: str) -> str:
+def kin(name: str) -> str:
     """What the same matrix of every block, and of every expert, is called."""
     return ".".join(part for part in re.sub(r"\[\d+\]", "", name.removesuffix(".weight")).split(".") if not part.isdigit())
 
@@ -154,7 +154,7 @@ def error_of(sites: list[dict[str, Any]]) -> str:
 def _draw(record: dict[str, Any]) -> None:
     groups: dict[str, list[dict[str, Any]]] = {}
     for site in record["sites"]:
-        groups.setdefault(_kin(site["name"]), []).append(site)
+        groups.setdefault(kin(site["name"]), []).append(site)
     rows = [
         {
             "matrices": name,
