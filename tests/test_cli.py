@@ -339,10 +339,10 @@ def test_verbs_that_need_kernels_say_why_there_are_none(
 ) -> None:
     real = importlib.import_module
 
-    def broken(name: str, *where: str) -> Any:
+    def broken(name: str, package: str | None = None) -> Any:
         if name.endswith("_native"):
             raise found
-        return real(name, *where)
+        return real(name, package)
 
     monkeypatch.setattr("rarefy.kernels.library._extension", None)
     monkeypatch.setattr("importlib.import_module", broken)
