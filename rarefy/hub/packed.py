@@ -192,7 +192,7 @@ def save_packed(
 
 def _card(model: Any, record: Mapping[str, Any]) -> str:
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    holds = [f"{record['packed']} of {len(record['sites'])} matrices are stored without their zeros"]
+    holds = [f"{record['packed']} of {len(record['sites'])} matrices are packed"]
     holds += [f"{len(record[what])} {words}" for what, words in (("gates", "activation gates"), ("edits", "narrower MLPs")) if record[what]]
     return (
         f"# {Path(name).name if Path(name).exists() else name}, packed\n\n"
