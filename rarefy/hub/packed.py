@@ -128,8 +128,8 @@ def save_packed(
     """Save a transformers model with its sparse layers packed, its gates and its edits; the model itself is left as it was.
 
     A Linear or Conv1D is packed where that is smaller than the dense tensor. A gated one is packed in any case, `flat`
-    where nothing is smaller, so that transformers without rarefy cannot run it dense. The others stay dense, and the
-    record says why. With a `Chooser` in place of a layout's name, each matrix is stored in the lossless layout that is
+    where nothing is smaller, so that transformers without rarefy cannot run it dense. The others stay dense, fused
+    experts among them, and the record says why. With a `Chooser` in place of a layout's name, each matrix is stored in the lossless layout that is
     fastest on this machine, and stays dense where the dense product is.
     `gating` is what `rarefy.activations.apply.apply_gating` measured, to be kept in the record.
 
@@ -158,6 +158,7 @@ def save_packed(
         sites.append(site)
         if layer is not None:
             layers[path], packed[f"{path}.weight"] = layer, data
+    sites += _unpackable(model)
     for place in gates:
         if place.endswith(OUTPUT) and not any(beside(place, path) for path in layers):
             raise Refused(f"the gate on {place}", "no Linear or Conv1D lies beside it that would keep others from running it dense", "detach the gate")
@@ -229,6 +230,21 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, module
         elif path in inputs:
             raise Refused(f"the gate on {path}", f"a plan can gate the input of a Linear or a Conv1D, not of a {plain_type(module).__name__}", "detach the gate")
+
+
+def _unpackable(model: nn.Module) -> list[dict[str, Any]]:
+    """What `prune` may have made sparse and no packed layer stands for, so that a record keeps silent about nothing: a row a tensor."""
+    found: dict[str, Any] = {}
+    for site in find_sites(model):
+        module = model.get_submodule(site.module)
+        if packed_kind(module) is None:
+            weight = model.get_parameter(site.key).detach()
+            fused = f"the {weight.shape[0]} experts of a fused tensor" if site.expert is not None else f"the weight of a {plain_type(module).__name__}"
+            size = weight.numel() * weight.element_size()
+            reason = f"{fused} cannot be packed yet, only Linear and Conv1D"
+            density = int(torch.count_nonzero(weight)) / weight.numel()
+            found[site.key] = {"name": site.key, "density": density, "bytes_dense": size, "dense_because": reason, "layout": None, "bytes": size, "error": 0.0}
+    return list(found.values())
 
 
 def _shared(model: nn.Module, module: Any) -> bool:
