@@ -14,6 +14,7 @@ from rarefy.core.attach import plain_type
 from rarefy.core.discover import pick
 from rarefy.core.errors import BadInput, Refused
 from rarefy.hub.packed import PackedLinear
+from rarefy.hub.plan import DTYPES
 from rarefy.kernels.dense import DenseMatrix
 from rarefy.layouts import LAYOUTS
 from rarefy.runtime.decoder import Block, Decoder, KeyValues, Sizes
@@ -29,6 +30,34 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False, None),
     "is_encoder_decoder": (False,),
 }
+
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+class Float32:
+    """The tensors and packed layers of a model as float32: as they lie where they are, copied once where they are bfloat16 or float16."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, torch.Size], Tensor] = {}
+        self.bytes = 0  # of the copies
+
+    def tensor(self, given: Tensor) -> Tensor:
+        if given.dtype not in HALVES:
+            return given.detach()
+        key = (given.data_ptr(), given.shape)  # a tied head is one tensor
+        if key not in self._made:
+            self._made[key] = given.detach().float()
+            self.bytes += 4 * given.numel()
+        return self._made[key]
+
+    def packed(self, module: PackedLinear) -> Any:
+        layout = LAYOUTS[module.layer.layout]
+        if not layout.lossless or DTYPES[module.layer.dtype] not in HALVES:  # a lossy layout computes in float32 whatever it stands for
+            return module.matrix()
+        again = layout.pack(module.dense().float())
+        self.bytes += again.numel()
+        return layout.matrix(again, (module.out_features, module.in_features), torch.float32)
 
 
 class DecoderCache(Cache):
@@ -72,20 +101,23 @@ def use_decoder(model: PreTrainedModel, head: str | None = None) -> PreTrainedMo
 
     Calls without a cache (scoring, training) run through transformers as before. Sampling, stopping, streaming, beams and
     batches of prompts are transformers' own. The weights are read where they lie: changing them in place changes the results,
-    replacing them does not.
+    replacing them does not. Weights in bfloat16 or float16 are copied to float32, twice their bytes besides them, and changing
+    them changes nothing; the logits are float32 then.
 
     Args:
         head: a layout (int8, say) that the output head is stored in for decoding; None keeps it as it is. A head that is tied to
             the embedding stays float32 on disk, and is what a small model spends most of its decoding on.
 
     Returns:
-        The model; `model.rarefy_decoder` is the `Decoder`.
+        The model; `model.rarefy_decoder` is the `Decoder`, `model.rarefy_copied_bytes` what float32 copies take.
 
     Raises:
         BadInput: an architecture, config field or layer outside what the native code computes; it is named.
         Refused: without native kernels.
     """
-    decoder = build(model, head)
+    weights = Float32()
+    decoder = build(model, head, weights)
+    model.__dict__["rarefy_copied_bytes"] = weights.bytes
     model.__dict__["rarefy_decoder"] = decoder
     model.__dict__["forward"] = _forward(decoder, model.forward)
     return model
@@ -126,7 +158,7 @@ def _last(mask: Tensor, columns: int) -> Tensor:
     return mask[:, -columns:]
 
 
-def build(model: Any, head: str | None = None) -> Decoder:
+def build(model: Any, head: str | None = None, weights: Float32 | None = None) -> Decoder:
     """The `Decoder` of a model; see `use_decoder`."""
     config = model.config
     _whitelisted(model, config)
@@ -135,15 +167,15 @@ def build(model: Any, head: str | None = None) -> Decoder:
     sizes = Sizes(
         config.hidden_size, config.intermediate_size, heads, kv_heads, head_dim, config.vocab_size, config.num_hidden_layers, config.max_position_embeddings, config.rms_norm_eps
     )
-    inside = model.model
+    inside, weights = model.model, weights or Float32()
     cos, sin = inside.rotary_emb(torch.zeros(1), torch.arange(sizes.positions)[None])
     half = head_dim // 2
     return Decoder(
         sizes,
-        [_block(layer, f"model.layers.{number}") for number, layer in enumerate(inside.layers)],
-        inside.embed_tokens.weight.detach(),
-        inside.norm.weight.detach(),
-        _head(model.lm_head, head),
+        [_block(layer, f"model.layers.{number}", weights) for number, layer in enumerate(inside.layers)],
+        weights.tensor(inside.embed_tokens.weight),
+        weights.tensor(inside.norm.weight),
+        _head(model.lm_head, head, weights),
         cos[0, :, :half].float().contiguous(),
         sin[0, :, :half].float().contiguous(),
     )
@@ -162,30 +194,29 @@ def _whitelisted(model: Any, config: Any) -> None:
         raise BadInput(f"rope_type={rope!r} of the config", "the native decoder computes default, linear and llama3", "run it through transformers")
 
 
-def _block(layer: Any, path: str) -> Block:
+def _block(layer: Any, path: str, weights: Float32) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
     modules = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "o": attention.o_proj, "gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj}
-    linears = {name: _matrix(module, f"{path} {name}") for name, module in modules.items()}
-    return Block(linears, layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach())
+    linears = {name: _matrix(module, f"{path} {name}", weights) for name, module in modules.items()}
+    return Block(linears, weights.tensor(layer.input_layernorm.weight), weights.tensor(layer.post_attention_layernorm.weight))
 
 
-def _head(module: Any, layout: str | None) -> Any:
+def _head(module: Any, layout: str | None, weights: Float32) -> Any:
     if layout is None:
-        return _matrix(module, "lm_head")[0]
-    chosen, weight = pick(LAYOUTS, layout, "layout"), module.weight.detach()
-    return chosen.matrix(chosen.pack(weight), tuple(weight.shape), weight.dtype)
+        return _matrix(module, "lm_head", weights)[0]
+    chosen, weight = pick(LAYOUTS, layout, "layout"), weights.tensor(module.weight)
+    return chosen.matrix(chosen.pack(weight), (weight.shape[0], weight.shape[1]), weight.dtype)
 
 
-def _matrix(module: Any, where: str) -> tuple[Any, Tensor | None]:
+def _matrix(module: Any, where: str, weights: Float32) -> tuple[Any, Tensor | None]:
     if module._forward_hooks or module._forward_pre_hooks:
         raise BadInput(f"{where} has forward hooks", "the native decoder would not run them", "remove them, or run the model through transformers")
     if plain_type(module) is not type(module):
         raise BadInput(f"{where} has a gate or a view", "the native decoder would not run it", "run the model through transformers")
     held: Any = module.bias
-    bias = None if held is None else held.detach()
+    bias = None if held is None else weights.tensor(held)
     if type(module) is nn.Linear:
-        return DenseMatrix(module.weight), bias
+        return DenseMatrix(weights.tensor(module.weight)), bias
     if not isinstance(module, PackedLinear):
         raise BadInput(f"{where} is a {type(module).__name__}", "the native decoder computes plain and packed linear layers", "run it through transformers")
-    packed: PackedLinear = module
-    return packed.matrix(), bias
+    return weights.packed(module), bias
