@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,11 +146,12 @@ def test_optimize_stays_within_its_budget(capsys: pytest.CaptureFixture[str], ti
         (("prune", "TINY", "--density", "1.5", "--out", "OUT"), "density 1.5: a density is the fraction"),
         (("prune", "TINY", "--pattern", "3:2", "--out", "OUT"), "pattern"),
         (("prune", "TINY", "--allocation", "outlier-share:colour=3", "--out", "OUT"), "not colour"),
-        (("prune", "TINY", "--out", "TINY"), "is not empty"),
+        (("prune", "TINY", "--out", "TINY"), "would be replaced"),
         (("prune", "/no/such/model", "--out", "OUT"), "/no/such/model"),
         (("prune", "TINY", "--calibration", "/no/text", "--out", "OUT"), "text /no/text: it cannot be read"),
         (("eval", "TINY", "--text", "TINY/text.txt", "--tokens", "9999999"), "are needed"),
-        (("report", "TINY"), "has no prune.json"),
+        (("report", "TINY"), "or prune.json"),
+        (("catalogue", "--status", "done"), "a row is working, partial, missing"),
         (("optimize", "TINY", "--max-loss", "lots", "--out", "OUT"), "a share is a number"),
         (("train", "digits", "--recipe", "none-such"), "training recipe 'none-such': known are"),
         (("train", "char_lm", "--router", "none-such"), "choice 'none-such': known are"),
@@ -256,6 +258,19 @@ def test_a_packed_model_is_not_pruned(capsys: pytest.CaptureFixture[str], tiny: 
     assert code == 5
     assert f"run rarefy unpack {tmp_path}/packed --out DIR first" in err
     assert sorted(f.name for f in tmp_path.iterdir()) == ["half", "packed"]
+
+
+def test_the_model_that_is_read_is_never_replaced(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    parent = tmp_path / "models"
+    shutil.copytree(tiny, parent / "dense")
+    (parent / "config.json").write_text("{}")
+    model = str(parent / "dense")
+    before = sorted(f.name for f in (parent / "dense").iterdir())
+    for out in (model, f"{parent}/../models/dense", str(parent)):
+        for verb in (("prune", model), ("pack", model), ("optimize", model), ("heal", model), ("unpack", model), ("heal", tiny, "--teacher", model)):
+            code, _, err = run(capsys, *verb, "--out", out, "--force")
+            assert code == 5 and "would be replaced; name another folder" in err, (verb, err)
+    assert sorted(f.name for f in (parent / "dense").iterdir()) == before
 
 
 def test_unpack_writes_the_plain_folder_that_was_packed(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from rarefy.cli import names
 from rarefy.cli.arguments import Device, Force, Json, Seed, Text
-from rarefy.cli.loading import load, need_plain
+from rarefy.cli.loading import check_out, load, need_plain
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, err, line, show
 from rarefy.cli.prune import need_tokenizer, versions
 from rarefy.cli.resuming import finished, resumable
 from rarefy.core.errors import BadInput, Refused
-from rarefy.hub.atomic import check_target
 from rarefy.hub.export import RECORD as PRUNED
 from rarefy.hub.export import clear_drafts, save_dense
 from rarefy.hub.load import Loaded
@@ -68,7 +67,7 @@ def heal(
     chosen, wanted = names.part(Adaptation, method), count(tokens)
     how = Training(lr=lr, batch=batch, decay=decay, recompute=recompute, save_every=save_every, seed=seed)
     whole = Path(out or _beside(model)).absolute()
-    check_target(whole, force=force)
+    check_out(whole, model, teacher, force=force)
     _refuse_same_text(train_text, text)
     checkpoint = Checkpoint(whole.with_name(f"{whole.name}.partial"), replace=force, on_resume=_say_resumed)
     with checkpoint.locked(), resumable(finished(checkpoint, "steps")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 from rarefy.cli.output import err, megabytes
 from rarefy.core.errors import Refused
 from rarefy.hub import load as hub
+from rarefy.hub.atomic import check_target
 from rarefy.hub.packed import Packed
 from rarefy.hub.shards import ShardedWeights, available_bytes, folder_bytes, load_sharded
 from rarefy.hub.text import WINDOW
@@ -32,6 +34,16 @@ def load_or_stream(spec: str, stream: bool | None, **options: Any) -> tuple[hub.
         return load(spec, **options), None
     _quiet()
     return load_sharded(spec, **options)
+
+
+def check_out(out: str | Path, *models: str | None, force: bool) -> None:
+    """Refused: writing `out` would replace a folder unasked (`rarefy.hub.atomic.check_target`), or one of the models that are read."""
+    whole = Path(out).absolute().resolve()
+    for model in models:
+        source = Path(model or "").expanduser()
+        if model and source.exists() and source.resolve().is_relative_to(whole):
+            raise Refused(f"--out {out}", f"the model {model} lies there and would be replaced", "name another folder")
+    check_target(Path(out), force=force)
 
 
 def window(loaded: hub.Loaded) -> int:

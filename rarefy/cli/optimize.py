@@ -12,13 +12,12 @@ import typer
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed, Text, Tokens
 from rarefy.cli.compare import scorer
-from rarefy.cli.loading import load, need_plain, window
+from rarefy.cli.loading import check_out, load, need_plain, window
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, line, show, table
 from rarefy.cli.prune import need_tokenizer, to_device, versions, warn_emptied
 from rarefy.cli.resuming import resumable
 from rarefy.core.records import Recipe
-from rarefy.hub.atomic import check_target
 from rarefy.hub.export import save_dense
 from rarefy.hub.load import Loaded
 from rarefy.hub.text import calibration_batches, heldout_ids
@@ -43,7 +42,7 @@ def optimize(
 ) -> None:
     """The sparsest form of a model that loses at most so much, written as a plain folder."""
     budget, chosen = names.share(max_loss), candidates(names.listed(recipes), names.listed(allocations))
-    check_target(Path(out), force=force)
+    check_out(out, model, force=force)
     loaded = load(model, device=device)
     need_plain(loaded)
     need_tokenizer(loaded)

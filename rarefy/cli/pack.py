@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,13 +12,12 @@ from rarefy.activations.attach import attach_gates
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed
 from rarefy.cli.kernels import say_absent
-from rarefy.cli.loading import load, need_plain, window
+from rarefy.cli.loading import check_out, load, need_plain, window
 from rarefy.cli.main import app
 from rarefy.cli.output import line, megabytes, show, table, text
 from rarefy.cli.prune import kin, need_tokenizer
 from rarefy.core.errors import BadInput
 from rarefy.core.roles import Gate
-from rarefy.hub.atomic import check_target
 from rarefy.hub.cache import cache_dir
 from rarefy.hub.packed import save_packed
 from rarefy.hub.text import calibration_batches
@@ -51,7 +49,7 @@ def pack(
     as_json: Json = False,
 ) -> None:
     """Store a pruned model without its zeros, gates included; `import rarefy` and from_pretrained load it again."""
-    check_target(Path(out), force=force)
+    check_out(out, model, force=force)
     if (gate is None) != (not gate_at):
         raise BadInput("--gate and --gate-at", "one says which gate, the other where", "pass both, for example --gate topk:density=0.5 --gate-at '*.mlp.down_proj'")
     if gate is not None and gates is not None:

@@ -13,12 +13,11 @@ import typer
 
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed
-from rarefy.cli.loading import load_or_stream, need_plain, window
+from rarefy.cli.loading import check_out, load_or_stream, need_plain, window
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, err, line, show, table, text
 from rarefy.cli.resuming import finished, resumable
 from rarefy.core.errors import BadInput
-from rarefy.hub.atomic import check_target
 from rarefy.hub.export import clear_drafts, save_dense
 from rarefy.hub.tensor_file import write_tensors
 from rarefy.hub.text import calibration_batches
@@ -57,7 +56,7 @@ def prune(
     """Prune a model in one pass and write it as a plain folder with zeros."""
     chosen = names.recipe(recipe, criterion=criterion, allocation=allocation, pattern=pattern)
     check_density(density)
-    check_target(Path(out), force=force)
+    check_out(out, model, force=force)
     whole = Path(out).absolute()
     checkpoint = Checkpoint(whole.with_name(f"{whole.name}.partial"), replace=force, on_resume=_say_resumed)
     with checkpoint.locked(), resumable(finished(checkpoint, "blocks")):

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
 from rarefy.cli.arguments import Device, Force, Json, Out
-from rarefy.cli.loading import load
+from rarefy.cli.loading import check_out, load
 from rarefy.cli.main import app
 from rarefy.cli.output import line, megabytes, show
 from rarefy.core.attach import detach_gates, gated
 from rarefy.core.errors import Refused
-from rarefy.hub.atomic import check_target
 from rarefy.hub.export import save_dense
 from rarefy.hub.packed import Packed, dequantize
 from rarefy.hub.plan import edit_dict, gate_dict
@@ -34,7 +32,7 @@ def unpack(
     as_json: Json = False,
 ) -> None:
     """A packed folder made dense again, every zero in place: plain transformers loads it, and it can be pruned and healed."""
-    check_target(Path(out), force=force)
+    check_out(out, model, force=force)
     loaded = load(model, device=device)
     sites: list[dict[str, Any]] = [
         {"name": f"{path}.weight", "layout": module.layer.layout, "shape": list(module.layer.shape), "bytes": module.layer.bytes}
