@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from rarefy.core.discover import methods, papers, recipes, train_recipes
+import rarefy
+from rarefy.core.discover import ROOMS, methods, papers, recipes, train_recipes
 from rarefy.core.roles import Allocation, Criterion, Rewiring, Solver
 
 ROOT = Path(__file__).parent.parent / "rarefy"
 FILES = sorted(ROOT.rglob("*.py"))
-ORDER = ("core", "kernels", "layouts", "weights experts activations", "surgery", "runtime distributed", "hub", "recipes tasks probes", "search", "cli")
+ORDER = ("core", "kernels", "layouts", "weights experts activations", "surgery", "runtime distributed", "hub", "tasks probes", "search", "cli")
 RANK = {room: level for level, rooms in enumerate(ORDER) for room in rooms.split()}
 PARTS = {
     "__init__.py": len(ORDER),
@@ -46,6 +47,13 @@ def test_imports_point_one_way_and_nothing_is_unpickled(path: Path) -> None:
         parts = name.split(".")
         if parts[0] == "rarefy" and len(parts) > 1 and parts[1] in RANK:
             assert RANK[parts[1]] <= rank(path), f"{path.relative_to(ROOT)} imports {name}, which lies above it"
+
+
+def test_no_package_hides_a_name_of_the_library() -> None:
+    inside = {path.stem for path in ROOT.iterdir() if path.is_dir() or path.suffix == ".py"}
+    assert not inside & set(rarefy.__all__), "importing it would put the module where the function was"
+    assert not set(ROOMS) - inside, "a room that does not exist"
+    assert not set(ROOMS) & set(rarefy.__all__)
 
 
 def test_a_methods_slug_occurs_only_in_its_own_file() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import rarefy
 from rarefy.cli.main import main
 
 transformers = pytest.importorskip("transformers")
@@ -68,6 +71,31 @@ def test_prune_writes_exact_zeros_that_plain_transformers_loads(capsys: pytest.C
         assert int(zeros) == next(round(s["kept"] / s["density"]) - s["kept"] for s in record["sites"] if "layers.0.mlp.up" in s["name"])
 
 
+def test_a_matrix_that_keeps_nothing_is_named(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    command = ("prune", tiny, "--recipe", "magnitude", "--calibration", f"{tiny}/text.txt", "--calibration-tokens", "512", "--json")
+    code, text, err = run(capsys, *command, "--density", "5e-4", "--allocation", "global", "--out", str(tmp_path / "few"))
+    assert code == 0
+    record = json.loads(text)
+    empty = [site["name"] for site in record["sites"] if site["kept"] == 0]
+    assert 0 < len(empty) < 14
+    assert record["emptied"] == empty == json.loads((tmp_path / "few" / "prune.json").read_text())["emptied"]
+    assert err.startswith(f"warning: {len(empty)} matrices keep no weight at all and compute zeros: {', '.join(empty[:5])} and {len(empty) - 5} more; a larger --density")
+    code, text, err = run(capsys, *command, "--density", "1e-7", "--out", str(tmp_path / "none"))
+    assert (code, text) == (2, "")
+    assert "density 1e-07: it keeps none of 15,360 weights; ask for at least 6.5e-05" in err
+    assert not (tmp_path / "none").exists()
+    assert "warning" not in run(capsys, *command, "--out", str(tmp_path / "half"))[2]
+
+
+def test_a_table_says_what_its_errors_are_of(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    command = ("prune", tiny, "--recipe", "magnitude", "--calibration", f"{tiny}/text.txt", "--calibration-tokens", "512")
+    code, with_outputs, _ = run(capsys, *command, "--out", str(tmp_path / "a"))
+    assert code == 0 and "(mean relative output error)\n" in with_outputs
+    code, without, _ = run(capsys, *command, "--no-errors", "--out", str(tmp_path / "b"))
+    assert code == 0 and "output error" not in without
+    assert "(mean relative error of the weights; no output was measured)\n" in without
+
+
 def test_two_runs_give_the_same_bytes(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
     for name in ("a", "b"):
         prune_json(capsys, tiny, tmp_path / name, "--recipe", "random-pruning", "--density", "0.3")
@@ -118,11 +146,12 @@ def test_optimize_stays_within_its_budget(capsys: pytest.CaptureFixture[str], ti
         (("prune", "TINY", "--density", "1.5", "--out", "OUT"), "density 1.5: a density is the fraction"),
         (("prune", "TINY", "--pattern", "3:2", "--out", "OUT"), "pattern"),
         (("prune", "TINY", "--allocation", "outlier-share:colour=3", "--out", "OUT"), "not colour"),
-        (("prune", "TINY", "--out", "TINY"), "is not empty"),
+        (("prune", "TINY", "--out", "TINY"), "would be replaced"),
         (("prune", "/no/such/model", "--out", "OUT"), "/no/such/model"),
         (("prune", "TINY", "--calibration", "/no/text", "--out", "OUT"), "text /no/text: it cannot be read"),
         (("eval", "TINY", "--text", "TINY/text.txt", "--tokens", "9999999"), "are needed"),
-        (("report", "TINY"), "has no prune.json"),
+        (("report", "TINY"), "or prune.json"),
+        (("catalogue", "--status", "done"), "a row is working, partial, missing"),
         (("optimize", "TINY", "--max-loss", "lots", "--out", "OUT"), "a share is a number"),
         (("train", "digits", "--recipe", "none-such"), "training recipe 'none-such': known are"),
         (("train", "char_lm", "--router", "none-such"), "choice 'none-such': known are"),
@@ -196,7 +225,7 @@ def test_train_resumes_and_the_catalogue_has_172_rows(capsys: pytest.CaptureFixt
 
 
 def test_help_has_an_example_for_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("prune", "heal", "optimize", "eval", "generate", "compare", "report", "train", "catalogue", "methods", "cache"):
+    for verb in ("prune", "heal", "optimize", "pack", "unpack", "eval", "generate", "bench", "compare", "report", "train", "catalogue", "methods", "cache"):
         code, text, _ = run(capsys, verb, "--help")
         assert code == 0
         assert f"rarefy {verb}" in " ".join(text.split()), verb
@@ -224,8 +253,56 @@ def test_a_packed_model_is_not_pruned(capsys: pytest.CaptureFixture[str], tiny: 
     assert run(capsys, "pack", str(tmp_path / "half"), "--out", str(tmp_path / "packed"))[0] == 0
     code, _, err = run(capsys, "prune", str(tmp_path / "packed"), "--out", str(tmp_path / "again"), *(a.replace("TINY", tiny) for a in CALIBRATION))
     assert code == 5
-    assert "is packed: only plain weights can be pruned or packed" in err
+    assert f"is packed: this verb works on plain weights; run rarefy unpack {tmp_path}/packed --out DIR first" in err
+    code, _, err = run(capsys, "prune", str(tmp_path / "packed"), "--stream", "--out", str(tmp_path / "again"))
+    assert code == 5
+    assert f"run rarefy unpack {tmp_path}/packed --out DIR first" in err
     assert sorted(f.name for f in tmp_path.iterdir()) == ["half", "packed"]
+
+
+def test_the_model_that_is_read_is_never_replaced(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    parent = tmp_path / "models"
+    shutil.copytree(tiny, parent / "dense")
+    (parent / "config.json").write_text("{}")
+    model = str(parent / "dense")
+    before = sorted(f.name for f in (parent / "dense").iterdir())
+    for out in (model, f"{parent}/../models/dense", str(parent)):
+        for verb in (("prune", model), ("pack", model), ("optimize", model), ("heal", model), ("unpack", model), ("heal", tiny, "--teacher", model)):
+            code, _, err = run(capsys, *verb, "--out", out, "--force")
+            assert code == 5 and "would be replaced; name another folder" in err, (verb, err)
+    assert sorted(f.name for f in (parent / "dense").iterdir()) == before
+
+
+def test_unpack_writes_the_plain_folder_that_was_packed(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    half, packed, plain = (str(tmp_path / name) for name in ("half", "packed", "plain"))
+    prune_json(capsys, tiny, Path(half), "--recipe", "magnitude")
+    assert run(capsys, "pack", half, "--out", packed)[0] == 0
+    code, out, err = run(capsys, "unpack", packed, "--out", plain)
+    assert code == 0, err
+    assert "14 matrices unpacked: 32.6 kB became 61.4 kB, 50.00% zeros" in out
+    assert "quantization_config" not in json.loads((Path(plain) / "config.json").read_text())
+    with safe_open(f"{half}/model.safetensors", "pt") as before, safe_open(f"{plain}/model.safetensors", "pt") as after:
+        assert sorted(before.keys()) == sorted(after.keys())
+        assert all(torch.equal(before.get_tensor(key), after.get_tensor(key)) for key in before.keys())  # noqa: SIM118
+    code, _, err = run(capsys, "unpack", half, "--out", str(tmp_path / "x"))
+    assert code == 5 and "is not packed" in err
+    model = transformers.AutoModelForCausalLM.from_pretrained(packed)
+    model.dequantize().save_pretrained(tmp_path / "by-transformers")
+    assert (tmp_path / "by-transformers" / "model.safetensors").read_bytes() == (tmp_path / "plain" / "model.safetensors").read_bytes()
+
+
+def test_unpack_leaves_no_gate_out_unasked(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    gated, plain = str(tmp_path / "gated"), str(tmp_path / "plain")
+    assert run(capsys, "pack", tiny, "--out", gated, "--gate", "topk:density=0.5", "--gate-at", "*.mlp.down_proj", *(a.replace("TINY", tiny) for a in CALIBRATION))[0] == 0
+    code, _, err = run(capsys, "unpack", gated, "--out", plain)
+    assert code == 5
+    assert "the gate on model.layers.0.mlp.down_proj and 1 more: a plain folder cannot hold it" in err
+    assert not Path(plain).exists()
+    code, out, _ = run(capsys, "unpack", gated, "--out", plain, "--drop-gates", "--json")
+    assert code == 0
+    assert [gate["name"] for gate in json.loads(out)["dropped_gates"]] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    model, dense = transformers.AutoModelForCausalLM.from_pretrained(plain), transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), dense.state_dict().values(), strict=True))
 
 
 def test_an_interrupted_verb_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
@@ -234,6 +311,62 @@ def test_an_interrupted_verb_says_so(capsys: pytest.CaptureFixture[str], monkeyp
 
     monkeypatch.setattr("rarefy.cli.evaluate.load", stop)
     assert run(capsys, "eval", tiny) == (130, "", "error: interrupted; nothing half-written was left, run the same command again\n")
+
+
+@pytest.mark.parametrize(
+    ("most", "said", "left"),
+    [
+        (8_000, "a file of it is larger than this system's limit; free some space or name another folder; nothing was finished, nothing was kept; the same command begins", []),
+        (64_000, "nothing half-written was left; 2 of 2 blocks are kept in {out}.partial; the same command goes on from there.", ["out.partial"]),
+    ],
+)
+def test_no_room_says_what_is_left_and_where(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path, most: int, said: str, left: list[str]) -> None:
+    resource = pytest.importorskip("resource")
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        code, _, err = run(capsys, "prune", tiny, "--out", str(out), *(a.replace("TINY", tiny) for a in CALIBRATION))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 6
+    assert said.format(out=out) in err
+    assert len(err.splitlines()) == 1
+    assert [f.name for f in tmp_path.iterdir()] == left
+
+
+def test_the_version_says_what_computes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from rarefy.kernels.library import native
+
+    code, out, _ = run(capsys, "--version")
+    assert code == 0 and out.startswith(f"rarefy {rarefy.__version__}\n") and f"torch {torch.__version__}, transformers {transformers.__version__}" in out
+    if native() is not None:
+        assert f"\nnative kernels: {native().isa()}, 1 thread" in out
+    monkeypatch.setenv("RAREFY_NATIVE", "off")
+    assert "\nnative kernels: none, everything runs in PyTorch, slower (RAREFY_NATIVE=off in the environment)\n" in run(capsys, "--version")[1]
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [(ModuleNotFoundError("no"), "they were not built; with a C++17 compiler"), (ImportError("libgomp.so.1: cannot open"), "they do not load: libgomp.so.1: cannot open; with")],
+)
+def test_verbs_that_need_kernels_say_why_there_are_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny: str, tmp_path: Path, found: ImportError, said: str
+) -> None:
+    real = importlib.import_module
+
+    def broken(name: str, package: str | None = None) -> Any:
+        if name.endswith("_native"):
+            raise found
+        return real(name, package)
+
+    monkeypatch.setattr("rarefy.kernels.library._extension", None)
+    monkeypatch.setattr("importlib.import_module", broken)
+    monkeypatch.setattr("rarefy.cli.pack.Chooser", lambda *_: "bitmask")  # the choice itself takes seconds
+    for verb in (("pack", tiny, "--layout", "auto", "--out", str(tmp_path / "o")), ("generate", tiny, "--tokens", "2", "--runs", "1")):
+        code, _, err = run(capsys, *verb)
+        assert code == 0, err
+        assert err.count("note: native kernels: none, everything runs in PyTorch, slower (" + said) == 1
+    assert "note:" not in run(capsys, "generate", tiny, "--tokens", "2", "--runs", "1", "--engine", "transformers")[2]
 
 
 def test_pack_says_why_a_matrix_stays_dense(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:

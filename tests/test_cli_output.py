@@ -28,7 +28,7 @@ def test_a_table_of_compare_shows_the_interval(capsys: pytest.CaptureFixture[str
 
 def test_a_matrix_goes_by_one_name_in_every_block_and_expert_and_emptied_ones_count(capsys: pytest.CaptureFixture[str]) -> None:
     sites = [
-        {"name": f"layers.{block}.experts.up[{expert}]", "shape": [2, 4], "kept": kept, "density": kept / 8, "error": 0.5, "error_mask_only": 0.5}
+        {"name": f"layers.{block}.experts.up[{expert}]", "shape": [2, 4], "kept": kept, "density": kept / 8, "error": 0.5, "error_mask_only": 0.5, "error_on": "inputs"}
         for block, expert, kept in ((0, 0, 8), (0, 1, 0), (1, 0, 8), (1, 1, 0))
     ]
     draw_prune({"recipe": "r", "pattern": "2:4", "model": "m", "sites": sites, "density": 0.5, "density_requested": 0.5, "out": "o"})

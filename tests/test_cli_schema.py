@@ -50,6 +50,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
     commands = {
         "prune": [tiny, "--out", str(folder / "half"), *calibration],
         "pack": [tiny, "--out", str(folder / "packed"), "--gate", "threshold:density=0.5", "--gate-at", "*.mlp.down_proj", *calibration],
+        "unpack": [str(folder / "packed"), "--drop-gates", "--out", str(folder / "unpacked")],
         "eval": [tiny, *text],
         "generate": [tiny, "--prompt", "sparse", "--tokens", "3", "--runs", "1"],
         "compare": [tiny, "--recipes", "magnitude", "--patterns", "default,2:4", *calibration, *text],

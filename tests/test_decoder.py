@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(native() is None, reason="the native kernels wer
 
 from rarefy.hub.decoder import PLACES, UNITS, DecoderCache, use_decoder  # noqa: E402
 from rarefy.hub.load import load  # noqa: E402
-from rarefy.hub.packed import save_packed  # noqa: E402
+from rarefy.hub.packed import dequantize, save_packed  # noqa: E402
 
 
 def llama(**changes):
@@ -154,6 +154,38 @@ def test_what_it_does_not_compute_is_refused_by_name(changes, message):
         use_decoder(llama(**changes))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [None, "bitmask", "int8"])
+def test_half_precision_weights_are_copied_to_float32(tmp_path, dtype, layout):
+    model = llama(tie_word_embeddings=True).to(dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("proj.weight"):
+                p[torch.rand_like(p) < 0.5] = 0
+    if layout is not None:
+        save_packed(model, None, tmp_path / "packed", layout)
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    whole = dequantize(copy.deepcopy(model)).float()
+    if layout == "int8":  # it rounds a few rows of x to 8 bits, in any dtype
+        save_packed(whole, None, tmp_path / "whole", layout)
+        whole = use_decoder(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole"))
+        assert whole.rarefy_copied_bytes == 0
+    fast = use_decoder(model)
+    ids = torch.randint(1, 61, (2, 20))
+
+    def logits(decoding):
+        with torch.no_grad():
+            out = decoding(ids[:, :12], use_cache=True)
+            return torch.cat([out.logits, *(decoding(ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True).logits for t in range(12, 20))], 1)
+
+    got = logits(fast)
+    assert fast.dtype == dtype and got.dtype == torch.float32
+    assert (got - logits(whole)).abs().max() < 1e-3
+    dense = 4 * sum(p.numel() for p in whole.parameters())
+    copied = {None: (dense, dense), "bitmask": (0.5 * dense, 0.75 * dense), "int8": (4 * 68 * 48, 4 * 68 * 48)}[layout]  # int8: the tied embedding and seven norms
+    assert copied[0] <= fast.rarefy_copied_bytes <= copied[1]
+
+
 def test_other_models_hooks_and_dtypes_are_refused():
     with pytest.raises(BadInput, match="a GPT2LMHeadModel"):
         use_decoder(transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)))
@@ -162,7 +194,7 @@ def test_other_models_hooks_and_dtypes_are_refused():
     with pytest.raises(BadInput, match=r"model.layers.1 up has forward hooks"):
         use_decoder(hooked)
     with pytest.raises(BadInput, match="float32"):
-        use_decoder(llama().bfloat16())
+        use_decoder(llama().double())
     _, fast = pair()
     out = fast(torch.ones(1, 4, dtype=torch.long), use_cache=True)
     with pytest.raises(Refused, match="output_attentions with a decoder cache"):

@@ -145,7 +145,13 @@ def test_experts_that_files_name_otherwise_reload_and_save_again(tmp_path: Path)
     sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, num_local_experts=3)).eval()
     attach_gates(model, TopK(0.5), ["*.q_proj"])
-    save_packed(model, None, tmp_path / "out")
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj[0].zero_()
+    record = save_packed(model, None, tmp_path / "out")
+    fused = {s["name"].rpartition(".")[2]: s for s in record["sites"] if "experts" in s["name"]}
+    assert {name: s["density"] for name, s in fused.items()} == {"gate_up_proj": 1.0, "down_proj": pytest.approx(2 / 3)}
+    assert {s["dense_because"] for s in fused.values()} == {"the 3 experts of a fused tensor cannot be packed yet, only Linear and Conv1D"}
+    assert record["bytes_dense"] == sum(s["bytes_dense"] for s in record["sites"]) and fused["down_proj"]["bytes_dense"] == 3 * 16 * 24 * 4
     again = load(tmp_path / "out").model
     assert torch.equal(logits(again), logits(model))
     again.save_pretrained(tmp_path / "again")

@@ -267,6 +267,9 @@ def test_transformers_without_rarefy_raises_on_every_kind_of_folder(tmp_path: Pa
     done = subprocess.run([sys.executable, "-c", ALONE, *folders], capture_output=True, text=True, check=True)
     *packed, plain = done.stdout.strip().splitlines()
     assert packed == ["raised RuntimeError True"] * 6 and plain == f"loaded {folders[-1]}"
+    assert done.stderr.count("got rarefy (pip install rarefy, then import rarefy)") == 3  # golden folders have the bare name
+    for folder in folders[3:6]:
+        assert "pip install 'rarefy[hub]'" in (Path(folder) / "README.md").read_text()
 
 
 def test_the_threshold_is_the_plans_in_the_dtype_that_was_asked(tmp_path: Path) -> None:
@@ -326,6 +329,22 @@ def test_a_plain_folder_of_a_gated_or_narrow_model_is_refused(tmp_path: Path) ->
     with pytest.raises(Refused, match="narrow"):
         save_dense(narrow(llama(), {"model.layers.0.mlp": [0, 1]}), None, tmp_path / "narrow")
     assert not list(tmp_path.iterdir())
+
+
+def test_save_pretrained_never_leaves_a_gate_out(tmp_path: Path) -> None:
+    model = llama()
+    attach_gates(model, TopK(0.5), ["*.mlp.down_proj"])
+    for holder in (model, model.model, copy.deepcopy(model)):
+        with pytest.raises(Refused, match=r"the gate on .*save_pretrained would leave it out, and the folder would run dense"):
+            holder.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    save_packed(model, None, tmp_path / "packed")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    again.save_pretrained(tmp_path / "again")  # its config holds the plan
+    assert (tmp_path / "again" / "config.json").read_bytes() == (tmp_path / "packed" / "config.json").read_bytes()
+    detach_gates(model)
+    assert "save_pretrained" not in {**model.__dict__, **model.model.__dict__}
+    model.save_pretrained(tmp_path / "plain")
 
 
 def test_dequantize_refuses_gates_until_they_are_off(tmp_path: Path) -> None:
@@ -492,12 +511,42 @@ def test_a_user_reaches_gates_from_the_command_line(tiny: str, tmp_path: Path, c
     assert main([*command, "--out", str(tmp_path / "out")]) == 0
     record = json.loads(capsys.readouterr().out)
     assert [g["name"].rpartition(".")[2] for g in record["gates"]] == ["gate_proj", "up_proj", "down_proj"]
-    assert all(g["settings"]["threshold"] > 0 and g["density"] == pytest.approx(0.25, abs=1e-3) for g in record["gates"])
+    assert all(g["settings"]["threshold"] > 0 for g in record["gates"])
+    assert record["gating"]["density_requested"] == 0.25 and record["gating"]["ledger"]["tokens"] == 256  # half of the only window
     model = load(tmp_path / "out").model
     assert [g.settings() for g in gated(model).values()] == [g["settings"] for g in record["gates"]]
     assert main(["eval", str(tmp_path / "out"), "--text", f"{tiny}/text.txt", "--tokens", "1024"]) == 0
     assert main([*command, "--out", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+def test_gates_put_on_by_hand_are_measured_on_windows_that_they_have_not_seen(two: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rarefy.cli.main import main
+    from rarefy.hub.text import calibration_batches
+
+    text = ["--calibration", f"{two}/text.txt", "--calibration-tokens", "2048"]
+    assert main(["pack", two, "--gate", "threshold:density=0.25", "--gate-at", "*.down_proj", *text, "--json", "--out", str(tmp_path / "out")]) == 0
+    record = json.loads(capsys.readouterr().out)
+    loaded = load(tmp_path / "out")
+    *seen, heldout = calibration_batches(loaded.tokenizer, 2048, 512, 0, f"{two}/text.txt")
+    assert len(seen) == 3
+
+    def densities(batches: list[Any]) -> list[float]:
+        found: dict[str, list[torch.Tensor]] = {place: [] for place in gated(loaded.model)}
+        hooks = [gate.register_forward_hook(lambda *a, place=place: found[place].append(a[2] != 0)) for place, gate in gated(loaded.model).items()]
+        with torch.no_grad():
+            for batch in batches:
+                loaded.model(**batch)
+        for hook in hooks:
+            hook.remove()
+        return [float(torch.cat([part.reshape(-1) for part in parts]).double().mean()) for parts in found.values()]
+
+    reported = [gate["density"] for gate in record["gates"]]
+    assert reported == pytest.approx(densities([heldout]), abs=1e-9)
+    assert densities(seen) == pytest.approx([0.25, 0.25], abs=0.01) and reported != pytest.approx(densities(seen), abs=1e-6)
+    assert main(["pack", two, "--gate", "threshold:density=0.25", "--gate-at", "*.down_proj", *text, "--out", str(tmp_path / "drawn")]) == 0
+    drawn = capsys.readouterr().out
+    assert "│ threshold │ model.layers.mlp.down_proj │ 2 │" in drawn and "where 0.25 was asked, measured on 512 held-out tokens" in drawn
 
 
 @pytest.mark.parametrize(

@@ -504,7 +504,7 @@ def test_what_the_verb_refuses(capsys: pytest.CaptureFixture[str], folder: Path,
     other = shutil.copytree(folder / "dense", tmp_path / "other")
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text().replace('"q": 18', '"Q": 18').replace('"q":18', '"Q":18'))
     assert "shares the student's vocabulary" in run(capsys, folder, "--teacher", str(other), *out)[2]
-    for model, words in ((tmp_path / "packed", "dequantize"), (folder / "dense", "prune it first")):
+    for model, words in ((tmp_path / "packed", f"run rarefy unpack {tmp_path}/packed --out DIR first"), (folder / "dense", "prune it first")):
         from rarefy.cli.main import main
 
         assert main(["heal", str(model), *out]) == 5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,11 +58,31 @@ def apply_gating(model: nn.Module, gating: Gating, batches: Sequence[Any], heldo
     return {"gating": gating.name, "density_requested": gating.density, **_measured(model, shares, sizes, heldout)}
 
 
+def measure_gates(model: nn.Module, gate: Gate, heldout: Sequence[Any]) -> dict[str, Any]:
+    """What the gates of `model` spare on `heldout`, as `apply_gating` says it of its own; `gate` is what they were copied from.
+
+    Returns:
+        {density_requested: the gate's, None where it has none, density, gates, ledger}.
+
+    >>> import torch
+    >>> from rarefy.activations.gates.topk import TopK
+    >>> model = nn.Sequential(nn.Linear(4, 2))
+    >>> attach_gate(model, "0", TopK(0.25))
+    >>> found = measure_gates(model, TopK(0.25), [torch.randn(9, 4)])
+    >>> found["density"], found["gates"][0]["density"]
+    (0.25, 0.25)
+    """
+    asked = gate.settings().get("density")
+    asked = asked if asked is not None and asked < 1 else None  # a threshold that was given as one asks for no density
+    shares = dict.fromkeys(gated(model), asked)
+    return {"density_requested": asked, **_measured(model, shares, _sizes(model, list(shares), heldout[0]), heldout)}
+
+
 def _calibrate(gate: Gate, rows: Tensor, partner: Tensor | None) -> None:
     gate.calibrate(rows, **({"partner": partner} if "partner" in asks(gate.calibrate) else {}))
 
 
-def _measured(model: nn.Module, shares: dict[str, float], sizes: dict[str, int], heldout: Sequence[Any]) -> dict[str, Any]:
+def _measured(model: nn.Module, shares: Mapping[str, float | None], sizes: dict[str, int], heldout: Sequence[Any]) -> dict[str, Any]:
     ledger = measure(model, heldout)
     found = gated(model)
     rows = [{"name": place, "gate": type(found[place]).name, "density_set": share, "density": ledger.density(place)} for place, share in shares.items()]

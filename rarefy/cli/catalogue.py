@@ -14,7 +14,10 @@ from rarefy.cli.main import app
 from rarefy.cli.output import line, megabytes, show, table
 from rarefy.core.discover import methods as discovered
 from rarefy.core.discover import recipes, train_recipes
+from rarefy.core.errors import BadInput
 from rarefy.hub.cache import cache_dir, clear_cache, list_cache
+
+STATES = ("working", "partial", "missing")
 
 
 @app.command(epilog="Examples:  rarefy catalogue   ·   rarefy catalogue --status working   ·   rarefy catalogue --check")
@@ -25,6 +28,8 @@ def catalogue(
     as_json: Json = False,
 ) -> None:
     """The 172 papers, which of them work here, and by what evidence."""
+    if status not in (None, *STATES):
+        raise BadInput(f"status {status!r}", f"a row is {', '.join(STATES)}", "pass for example --status working")
     if check:
         papers.check()
         methods_page.check()

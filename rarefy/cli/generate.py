@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from rarefy.cli.arguments import Device, Json, Model
+from rarefy.cli.kernels import say_absent
 from rarefy.cli.loading import load
 from rarefy.cli.main import app
 from rarefy.cli.output import err, line, megabytes, show
@@ -27,6 +28,8 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Greedy text with its speed and its memory."""
+    if engine != "transformers":
+        say_absent()
     loaded = load(model, dtype=dtype, device=device)
     record = run(loaded.model, need_tokenizer(loaded), prompt, tokens=tokens, runs=runs, engine=engine, head=head)
     if record["warning"]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,12 +14,12 @@ from torch import Tensor
 
 from rarefy.cli import names
 from rarefy.cli.arguments import Device, Force, Json, Seed, Text
-from rarefy.cli.loading import load
+from rarefy.cli.loading import check_out, load, need_plain
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, err, line, show
-from rarefy.cli.prune import Interrupted, need_tokenizer, versions
+from rarefy.cli.prune import need_tokenizer, versions
+from rarefy.cli.resuming import finished, resumable
 from rarefy.core.errors import BadInput, Refused
-from rarefy.hub.atomic import check_target
 from rarefy.hub.export import RECORD as PRUNED
 from rarefy.hub.export import clear_drafts, save_dense
 from rarefy.hub.load import Loaded
@@ -68,12 +67,13 @@ def heal(
     chosen, wanted = names.part(Adaptation, method), count(tokens)
     how = Training(lr=lr, batch=batch, decay=decay, recompute=recompute, save_every=save_every, seed=seed)
     whole = Path(out or _beside(model)).absolute()
-    check_target(whole, force=force)
+    check_out(whole, model, teacher, force=force)
     _refuse_same_text(train_text, text)
     checkpoint = Checkpoint(whole.with_name(f"{whole.name}.partial"), replace=force, on_resume=_say_resumed)
-    with checkpoint.locked(), _interruptible(checkpoint):
+    with checkpoint.locked(), resumable(finished(checkpoint, "steps")):
         clear_drafts(whole)
         loaded = load(model, dtype=dtype, device=device)
+        need_plain(loaded)
         pruned_sites(loaded.model)
         parent = None if teacher is None else Teacher(_parent(load(teacher, dtype=dtype, device=device), loaded), alpha, temperature)
         windows, held_out = texts(loaded, wanted, train_text, text, eval_tokens, seed)
@@ -197,17 +197,6 @@ def _card(r: dict[str, Any]) -> str:
         f"{r['perplexity_after']['value']:.3f} after. All {r['zeros']['before']} zeros of {r['matrices']} matrices are still zero. The weights are dense with zeros and load in plain "
         f"transformers.\n`{RECORD}` holds the record.\n"
     )
-
-
-@contextmanager
-def _interruptible(checkpoint: Checkpoint) -> Iterator[None]:
-    """Ctrl-C says what was kept."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        done, steps = checkpoint.finished
-        kept = f"{done} of {steps} steps are kept in {checkpoint.folder}" if done else "no checkpoint was due, nothing was kept"
-        raise Interrupted("interrupted", kept, "the same command goes on from there" if done else "the same command begins again") from stop
 
 
 def _say_resumed(done: int, steps: int) -> None:

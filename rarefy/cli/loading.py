@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 from rarefy.cli.output import err, megabytes
 from rarefy.core.errors import Refused
 from rarefy.hub import load as hub
+from rarefy.hub.atomic import check_target
 from rarefy.hub.packed import Packed
 from rarefy.hub.shards import ShardedWeights, available_bytes, folder_bytes, load_sharded
 from rarefy.hub.text import WINDOW
@@ -34,6 +36,16 @@ def load_or_stream(spec: str, stream: bool | None, **options: Any) -> tuple[hub.
     return load_sharded(spec, **options)
 
 
+def check_out(out: str | Path, *models: str | None, force: bool) -> None:
+    """Refused: writing `out` would replace a folder unasked (`rarefy.hub.atomic.check_target`), or one of the models that are read."""
+    whole = Path(out).absolute().resolve()
+    for model in models:
+        source = Path(model or "").expanduser()
+        if model and source.exists() and source.resolve().is_relative_to(whole):
+            raise Refused(f"--out {out}", f"the model {model} lies there and would be replaced", "name another folder")
+    check_target(Path(out), force=force)
+
+
 def window(loaded: hub.Loaded) -> int:
     """Tokens of a calibration or scoring window: `WINDOW`, or fewer where the model has fewer positions."""
     return min(WINDOW, getattr(loaded.model.config, "max_position_embeddings", None) or WINDOW)
@@ -42,7 +54,7 @@ def window(loaded: hub.Loaded) -> int:
 def need_plain(loaded: hub.Loaded) -> None:
     """Refused: the model is packed, so that there is no plain weight to work on."""
     if any(isinstance(module, Packed) for module in loaded.model.modules()):
-        raise Refused(f"{loaded.spec} is packed", "only plain weights can be pruned or packed", "begin from the folder that it was packed from")
+        raise Refused(f"{loaded.spec} is packed", "this verb works on plain weights", f"run rarefy unpack {loaded.spec} --out DIR first, and name DIR")
 
 
 def quiet() -> None:

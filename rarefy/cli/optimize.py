@@ -12,13 +12,13 @@ import typer
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed, Text, Tokens
 from rarefy.cli.compare import scorer
-from rarefy.cli.loading import load, need_plain, window
+from rarefy.cli.loading import check_out, load, need_plain, window
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, err, line, megabytes, show, table
-from rarefy.cli.prune import need_tokenizer, to_device, versions
+from rarefy.cli.prune import need_tokenizer, to_device, versions, warn_emptied
+from rarefy.cli.resuming import resumable
 from rarefy.core.discover import pick
 from rarefy.core.records import Recipe
-from rarefy.hub.atomic import check_target
 from rarefy.hub.cache import cache_dir
 from rarefy.hub.export import save_dense
 from rarefy.hub.load import Loaded
@@ -59,7 +59,7 @@ def optimize(
 ) -> None:
     """The sparsest form of a model that loses at most so much, as a plain folder; or (--target) its fastest, smallest or leanest one, packed."""
     budget, chosen = names.share(max_loss), candidates(names.listed(recipes), names.listed(allocations))
-    check_target(Path(out), force=force)
+    check_out(out, model, force=force)
     loaded = load(model, device=device)
     need_plain(loaded)
     need_tokenizer(loaded)
@@ -101,14 +101,16 @@ def run(
     evaluate = scorer(loaded)
     began = time.monotonic()
     journal = Path(f"{out.rstrip('/')}.tries.json")
-    record, pruned = search(loaded.model, batches, chosen, lambda m: evaluate(m, ids), max_loss=budget, seed=seed, journal=journal, progress=progress)
-    saved = {
-        **(pruned or {"model": loaded.spec, "recipe": "dense", "pattern": "", "density": 1.0, "sites": []}),
-        "optimize": record,
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
-    save_dense(loaded.model, loaded.tokenizer, out, force=force, record=saved, timings={"optimize_s": time.monotonic() - began})
+    with resumable(lambda: f"the finished tries are kept in {journal}" if journal.is_file() else None):
+        record, pruned = search(loaded.model, batches, chosen, lambda m: evaluate(m, ids), max_loss=budget, seed=seed, journal=journal, progress=progress)
+        saved = {
+            **(pruned or {"model": loaded.spec, "recipe": "dense", "pattern": "", "density": 1.0, "sites": []}),
+            "optimize": record,
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
+        warn_emptied(saved.get("emptied", []))
+        save_dense(loaded.model, loaded.tokenizer, out, force=force, record=saved, timings={"optimize_s": time.monotonic() - began})
     journal.unlink(missing_ok=True)
     return record
 

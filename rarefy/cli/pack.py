@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from rarefy.activations.apply import apply_gating
+from rarefy.activations.apply import apply_gating, measure_gates
 from rarefy.activations.attach import attach_gates
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed
-from rarefy.cli.loading import load, need_plain, window
+from rarefy.cli.kernels import say_absent
+from rarefy.cli.loading import check_out, load, need_plain, window
 from rarefy.cli.main import app
-from rarefy.cli.output import line, megabytes, show, text
-from rarefy.cli.prune import need_tokenizer
+from rarefy.cli.output import line, megabytes, show, table, text
+from rarefy.cli.prune import kin, need_tokenizer
 from rarefy.core.errors import BadInput
-from rarefy.core.records import Gating
 from rarefy.core.roles import Gate
-from rarefy.hub.atomic import check_target
 from rarefy.hub.cache import cache_dir
 from rarefy.hub.packed import save_packed
 from rarefy.hub.text import calibration_batches
@@ -52,7 +50,7 @@ def pack(
     as_json: Json = False,
 ) -> None:
     """Store a pruned model without its zeros, gates included; `import rarefy` and from_pretrained load it again."""
-    check_target(Path(out), force=force)
+    check_out(out, model, force=force)
     if (gate is None) != (not gate_at):
         raise BadInput("--gate and --gate-at", "one says which gate, the other where", "pass both, for example --gate topk:density=0.5 --gate-at '*.mlp.down_proj'")
     if gate is not None and gates is not None:
@@ -61,26 +59,38 @@ def pack(
     loaded = load(model, device=device)
     need_plain(loaded)
     batches = [] if gate is gates is None else calibration_batches(need_tokenizer(loaded), calibration_tokens, window(loaded), seed, calibration)
-    kept: dict[str, float | None] = {}
     measured = None
     if chosen is not None:
-        kept = attach_gates(loaded.model, chosen, gate_at or (), batches)
+        calibration_windows, heldout = split(batches)
+        attach_gates(loaded.model, chosen, gate_at or (), calibration_windows)
+        measured = {"gating": f"{gate} at {', '.join(gate_at or ())}", **measure_gates(loaded.model, chosen, heldout)}
     elif whole is not None:
-        measured = _apply(loaded.model, whole, batches)
-        kept = {row["name"]: row["density"] for row in measured["gates"]}
+        measured = apply_gating(loaded.model, whole, *split(batches))
+    kept = {} if measured is None else {row["name"]: row["density"] for row in measured["gates"]}
+    if layout == "auto":
+        say_absent()
     chosen_layout = Chooser(_batches(batch), cache_dir() / "layouts.json") if layout == "auto" else layout
     record = save_packed(loaded.model, loaded.tokenizer, out, chosen_layout, embeddings=embeddings, force=force, gating=measured)
     shown = [{**entry, "density": kept.get(entry["name"])} for entry in record["gates"]]
     show({**record, "gates": shown, "model": model, "out": out}, as_json, _draw)
 
 
-def _apply(model: Any, gating: Gating, batches: list[Any]) -> dict[str, Any]:
-    """Calibrated on three windows of four, measured on the others."""
-    if len(batches) < 2:
-        raise BadInput("one window of calibration text", "a gating is calibrated on some tokens and measured on others", "ask for more --calibration-tokens")
+def split(batches: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Three windows of four to calibrate gates on, and the others, which they have not seen, to measure them on; a single window is halved.
+
+    >>> import torch
+    >>> split([1, 2, 3, 4, 5]), split([{"ids": torch.arange(4)[None]}])
+    (([1, 2, 3, 5], [4]), ([{'ids': tensor([[0, 1]])}], [{'ids': tensor([[2, 3]])}]))
+    """
+    if len(batches) == 1:
+        (window,) = batches
+        half = next(iter(window.values())).shape[1] // 2
+        if not half:
+            raise BadInput("one calibration token", "gates are calibrated on some tokens and measured on others", "ask for more --calibration-tokens")
+        return [{k: v[:, :half] for k, v in window.items()}], [{k: v[:, half:] for k, v in window.items()}]
     heldout = batches[HELDOUT - 1 :: HELDOUT] or batches[-1:]
     seen = {id(batch) for batch in heldout}
-    return apply_gating(model, gating, [batch for batch in batches if id(batch) not in seen], heldout)
+    return [batch for batch in batches if id(batch) not in seen], heldout
 
 
 def _batches(text: str) -> tuple[int, ...]:
@@ -90,14 +100,22 @@ def _batches(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def gate_rows(gates: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for the same place of every block: how many there are, and their mean density."""
+    kinds: dict[tuple[str, str], list[float]] = {}
+    for gate in gates:
+        kinds.setdefault((gate["gate"], kin(gate["name"])), []).append(gate["density"])
+    return [{"gate": kind, "on": place, "n": len(found), "density": sum(found) / len(found)} for (kind, place), found in kinds.items()]
+
+
 def _draw(r: dict[str, Any]) -> None:
     line(f"{r['packed']} of {len(r['sites'])} matrices packed: {megabytes(r['bytes_dense'])} became {megabytes(r['bytes_stored'])}; written to {r['out']}")
-    for reason, count in Counter(s["dense_because"] for s in r["sites"] if s["dense_because"]).most_common(3):
+    for reason, count in Counter(s["dense_because"].partition(":")[0] for s in r["sites"] if s["dense_because"]).most_common(3):
         line(f"{count} stay dense: {reason}")
-    of = "calibration" if "gating" not in r else "held-out"
-    for gate in r["gates"]:
-        line(f"gate {gate['gate']} on {gate['name']}: {text(gate['density'])} of its {of} activations stay")
+    if r["gates"]:
+        table(gate_rows(r["gates"]), ["gate", "on", "n", "density"], "density: the share of held-out activations that stay")
     if "gating" in r:
         gating, ledger = r["gating"], r["gating"]["ledger"]
-        line(f"{gating['gating']}: density {text(gating['density'])} where {text(gating['density_requested'])} was asked, measured on {ledger['tokens']} held-out tokens")
+        asked = "" if gating["density_requested"] is None else f" where {text(gating['density_requested'])} was asked"
+        line(f"{gating['gating']}: density {text(gating['density'])}{asked}, measured on {ledger['tokens']} held-out tokens")
         line(f"a token takes {ledger['macs_executed']:.4g} multiply-adds of all matrices' {ledger['macs']:.4g}: {text(ledger['mac_density'])}")

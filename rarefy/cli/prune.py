@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,11 +13,11 @@ import typer
 
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed
-from rarefy.cli.loading import load_or_stream, need_plain, window
+from rarefy.cli.loading import check_out, load_or_stream, need_plain, window
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, err, line, show, table, text
-from rarefy.core.errors import BadInput, RarefyError
-from rarefy.hub.atomic import check_target
+from rarefy.cli.resuming import finished, resumable
+from rarefy.core.errors import BadInput
 from rarefy.hub.export import clear_drafts, save_dense
 from rarefy.hub.tensor_file import write_tensors
 from rarefy.hub.text import calibration_batches
@@ -27,6 +25,8 @@ from rarefy.weights.checkpoint import Checkpoint
 from rarefy.weights.prune import prune as prune_model
 
 MASKS = "masks.safetensors"  # packed bits, one 1-D tensor per site; shapes are in the record
+
+NAMED = 5  # matrices that a warning names
 
 EPILOG = "Examples:  rarefy prune demo --recipe sparsegpt --density 0.5 --out half   ·   rarefy prune demo --recipe wanda --pattern 2:4 --out two-four --json"
 
@@ -56,10 +56,10 @@ def prune(
     """Prune a model in one pass and write it as a plain folder with zeros."""
     chosen = names.recipe(recipe, criterion=criterion, allocation=allocation, pattern=pattern)
     check_density(density)
-    check_target(Path(out), force=force)
+    check_out(out, model, force=force)
     whole = Path(out).absolute()
     checkpoint = Checkpoint(whole.with_name(f"{whole.name}.partial"), replace=force, on_resume=_say_resumed)
-    with checkpoint.locked(), _interruptible(checkpoint):
+    with checkpoint.locked(), resumable(finished(checkpoint, "blocks")):
         clear_drafts(whole)
         began = time.monotonic()
         loaded, weights = load_or_stream(model, stream, dtype=dtype, device=device)
@@ -91,24 +91,8 @@ def prune(
         masks = {MASKS: lambda path: _write_masks(path, record["sites"], checkpoint)}
         save_dense(loaded.model, loaded.tokenizer, out, force=force, record=record, timings=timings, write=weights.write if weights else None, extra=masks)
         checkpoint.remove()
+    warn_emptied(record["emptied"])
     show({**record, "out": out}, as_json, _draw)
-
-
-class Interrupted(RarefyError):
-    """Ctrl-C."""
-
-    exit_code = 130
-
-
-@contextmanager
-def _interruptible(checkpoint: Checkpoint) -> Iterator[None]:
-    """Ctrl-C says what was kept."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        done, groups = checkpoint.finished
-        kept = f"{done} of {groups} blocks are kept in {checkpoint.folder}" if done else "no block was finished, nothing was kept"
-        raise Interrupted("interrupted", kept, "the same command goes on from there" if done else "the same command begins again") from stop
 
 
 def _write_masks(path: Path, sites: list[dict[str, Any]], checkpoint: Checkpoint) -> None:
@@ -124,6 +108,15 @@ def _say_resumed(finished: int, groups: int) -> None:
 def check_density(density: float) -> None:
     if not 0 < density <= 1:
         raise BadInput(f"density {density}", "a density is the fraction of weights that is kept, in (0, 1]", "pass for example --density 0.5")
+
+
+def warn_emptied(names: list[str]) -> None:
+    """Matrices that keep nothing are named, since what runs through them is lost."""
+    if names:
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        one = len(names) == 1
+        what = "1 matrix keeps no weight at all and computes zeros" if one else f"{len(names)} matrices keep no weight at all and compute zeros"
+        err.print(f"warning: {what}: {', '.join(names[:NAMED])}{more}; a larger --density or another --allocation keeps some", highlight=False, soft_wrap=True)
 
 
 def need_tokenizer(loaded: Any) -> Any:
@@ -144,15 +137,23 @@ def versions() -> dict[str, str]:
     return {"rarefy": rarefy.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def _kin(name: str) -> str:
+def kin(name: str) -> str:
     """What the same matrix of every block, and of every expert, is called."""
     return ".".join(part for part in re.sub(r"\[\d+\]", "", name.removesuffix(".weight")).split(".") if not part.isdigit())
+
+
+def error_of(sites: list[dict[str, Any]]) -> str:
+    """What the errors of these sites are relative to: their outputs, or the weights alone where no output was measured."""
+    alone = sum(s["error_on"] == "weight" for s in sites)
+    if sites and alone == len(sites):
+        return "relative error of the weights; no output was measured"
+    return "relative output error" + (f"; of the weights alone at {alone} of {len(sites)} matrices" if alone else "")
 
 
 def _draw(record: dict[str, Any]) -> None:
     groups: dict[str, list[dict[str, Any]]] = {}
     for site in record["sites"]:
-        groups.setdefault(_kin(site["name"]), []).append(site)
+        groups.setdefault(kin(site["name"]), []).append(site)
     rows = [
         {
             "matrices": name,
@@ -163,5 +164,5 @@ def _draw(record: dict[str, Any]) -> None:
         }
         for name, sites in groups.items()
     ]
-    table(rows, ["matrices", "n", "density", "error, mask only", "error"], f"{record['recipe']} · {record['pattern']} · {record['model']} (mean relative output error)")
-    line(f"density {text(record['density'])} of {text(record['density_requested'])} asked; written to {record['out']}")
+    table(rows, ["matrices", "n", "density", "error, mask only", "error"], f"{record['recipe']} · {record['pattern']} · {record['model']} (mean {error_of(record['sites'])})")
+    line(f"density {text(record['density'])} where {text(record['density_requested'])} was asked; written to {record['out']}")

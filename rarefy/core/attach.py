@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from rarefy.core.roles import Gate, View
 Map = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 PREFIX = "rarefy_"
 OUTPUT = ":output"
+_SAVE = "save_pretrained"
 _ENDS = {"": "rarefy_input", OUTPUT: "rarefy_output"}  # the end of a place: the child that holds its gate
 
 
@@ -145,7 +147,8 @@ def attach_gate(model: nn.Module, place: str, gate: Gate) -> None:
 
     With the place `path:output` it is the tensor that the module returns that is gated. The gate is the child
     `rarefy_input` or `rarefy_output` of the module, so state-dict keys are only added. It belongs to the module, not
-    to the tensor: a module that shares its weight is not gated with it.
+    to the tensor: a module that shares its weight is not gated with it. A transformers model around it refuses
+    `save_pretrained` from then on, which would leave the gate out, unless a plan in its config holds the gates.
 
     Raises:
         BadInput: no such module.
@@ -159,6 +162,28 @@ def attach_gate(model: nn.Module, place: str, gate: Gate) -> None:
         raise Refused(f"module {place!r}", "a place has one gate", "detach the first one")
     _host(module)
     module.add_module(child, gate)
+    for holder in _around(model, path):
+        holder.__dict__.setdefault(_SAVE, partial(_save, holder))
+
+
+def _around(model: nn.Module, path: str) -> Iterator[Any]:
+    """The modules from `model` down to `path` that transformers can save."""
+    names = path.split(".") if path else []
+    for depth in range(len(names) + 1):
+        module = model.get_submodule(".".join(names[:depth]))
+        if hasattr(type(module), _SAVE):
+            yield module
+
+
+def _save(model: Any, *args: Any, **kwargs: Any) -> Any:
+    if not getattr(getattr(model, "hf_quantizer", None), "holds_gates", False):
+        for place in gated(model):
+            raise Refused(
+                f"the gate on {place}",
+                "save_pretrained would leave it out, and the folder would run dense",
+                "save with rarefy.hub.packed.save_packed, or take gates off with rarefy.core.attach.detach_gates",
+            )
+    return getattr(type(model), _SAVE)(model, *args, **kwargs)
 
 
 def gated(model: nn.Module) -> dict[str, Gate]:
@@ -174,6 +199,8 @@ def detach_gates(model: nn.Module) -> dict[str, Gate]:
         module = model.get_submodule(path)
         del module._modules[child]
         _release(module)
+        for holder in _around(model, path):
+            holder.__dict__.pop(_SAVE, None)
     return found
 
 

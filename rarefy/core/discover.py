@@ -20,7 +20,7 @@ from rarefy.core.records import Gating, Recipe, TrainRecipe
 T = TypeVar("T")
 V = TypeVar("V", Recipe, TrainRecipe, Gating)
 ENTRY_POINT_GROUP = "rarefy.plugins"
-ROOMS = ("layouts", "weights", "experts", "activations", "surgery", "runtime", "recipes", "tasks", "probes")
+ROOMS = ("layouts", "weights", "experts", "activations", "surgery", "runtime", "tasks", "probes")
 _plugins: list[ModuleType] = []
 
 
@@ -30,8 +30,6 @@ def modules() -> tuple[ModuleType, ...]:
     found = []
     for room in ROOMS:
         name = f"rarefy.{room}"
-        if importlib.util.find_spec(name) is None:
-            continue
         package = importlib.import_module(name)
         found.append(package)
         for info in pkgutil.walk_packages(package.__path__, name + "."):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import tempfile
@@ -11,8 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rarefy.core.errors import DiskError, Refused
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from rarefy.core.files import no_room
 
 
 def check_target(out: Path, *, force: bool) -> None:
@@ -54,14 +52,11 @@ def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
         _swap(draft, out)
     except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
-        if _is_full(error):
-            raise DiskError(f"{out} was not written", "the disk is full", "free some space; nothing half-written was left") from error
+        why = no_room(error)
+        if why is not None:
+            free = shutil.disk_usage(out.parent).free
+            raise DiskError(f"{out} was not written", f"{why} ({free / 1e3:,.0f} kB are free)", "free more or name another folder; nothing half-written was left") from error
         raise
-
-
-def _is_full(error: BaseException) -> bool:
-    # safetensors wraps the operating system's error in its own, the number only in the text.
-    return getattr(error, "errno", None) in _FULL or "No space left" in str(error)
 
 
 def _umask() -> int:

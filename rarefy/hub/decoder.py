@@ -16,6 +16,7 @@ from rarefy.core.errors import BadInput, Refused
 from rarefy.core.roles import Rows
 from rarefy.hub.columns import store_columns
 from rarefy.hub.packed import PackedEmbedding, PackedLinear
+from rarefy.hub.plan import DTYPES
 from rarefy.kernels.columns import ColumnsMatrix
 from rarefy.kernels.dense import DenseMatrix
 from rarefy.layouts import LAYOUTS
@@ -44,6 +45,34 @@ PLACES = {
     "down": "mlp.down_proj",
 }
 UNITS = f"mlp.act_fn{OUTPUT}"
+
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+class Float32:
+    """The tensors and packed layers of a model as float32: as they lie where they are, copied once where they are bfloat16 or float16."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, torch.Size], Tensor] = {}
+        self.bytes = 0  # of the copies
+
+    def tensor(self, given: Tensor) -> Tensor:
+        if given.dtype not in HALVES:
+            return given.detach()
+        key = (given.data_ptr(), given.shape)  # a tied head is one tensor
+        if key not in self._made:
+            self._made[key] = given.detach().float()
+            self.bytes += 4 * given.numel()
+        return self._made[key]
+
+    def packed(self, module: PackedLinear) -> Any:
+        layout = LAYOUTS[module.layer.layout]
+        if not layout.lossless or DTYPES[module.layer.dtype] not in HALVES:  # a lossy layout computes in float32 whatever it stands for
+            return module.matrix()
+        again = layout.pack(module.dense().float())
+        self.bytes += again.numel()
+        return layout.matrix(again, (module.out_features, module.in_features), torch.float32)
 
 
 class DecoderCache(Cache):
@@ -87,7 +116,8 @@ def use_decoder(model: PreTrainedModel, head: str | None = None) -> PreTrainedMo
 
     Calls without a cache (scoring, training) run through transformers as before. Sampling, stopping, streaming, beams and
     batches of prompts are transformers' own. The weights are read where they lie: changing them in place changes the results,
-    replacing them does not.
+    replacing them does not. Weights in bfloat16 or float16 are copied to float32, twice their bytes besides them, and changing
+    them changes nothing; the logits are float32 then.
 
     Gates on what a layer's linears read and on its MLP's units are computed, and what they make zero is not read: matrices behind
     them are stored by columns from here on (`rarefy.hub.columns.store_columns`), in place, in as many bytes as before. A unit that
@@ -98,13 +128,15 @@ def use_decoder(model: PreTrainedModel, head: str | None = None) -> PreTrainedMo
             the embedding stays float32 on disk, and is what a small model spends most of its decoding on.
 
     Returns:
-        The model; `model.rarefy_decoder` is the `Decoder`.
+        The model; `model.rarefy_decoder` is the `Decoder`, `model.rarefy_copied_bytes` what float32 copies take.
 
     Raises:
         BadInput: an architecture, config field, layer or gate outside what the native code computes; it is named.
         Refused: without native kernels.
     """
-    decoder = build(model, head)
+    weights = Float32()
+    decoder = build(model, head, weights)
+    model.__dict__["rarefy_copied_bytes"] = weights.bytes
     model.__dict__["rarefy_decoder"] = decoder
     model.__dict__["forward"] = _forward(decoder, model.forward)
     return model
@@ -145,7 +177,7 @@ def _last(mask: Tensor, columns: int) -> Tensor:
     return mask[:, -columns:]
 
 
-def build(model: Any, head: str | None = None) -> Decoder:
+def build(model: Any, head: str | None = None, weights: Float32 | None = None) -> Decoder:
     """The `Decoder` of a model; see `use_decoder`."""
     config = model.config
     _whitelisted(model, config)
@@ -155,15 +187,15 @@ def build(model: Any, head: str | None = None) -> Decoder:
     sizes = Sizes(
         config.hidden_size, config.intermediate_size, heads, kv_heads, head_dim, config.vocab_size, config.num_hidden_layers, config.max_position_embeddings, config.rms_norm_eps
     )
-    inside = model.model
+    inside, weights = model.model, weights or Float32()
     cos, sin = inside.rotary_emb(torch.zeros(1), torch.arange(sizes.positions)[None])
     half = head_dim // 2
     return Decoder(
         sizes,
-        [_block(layer, f"model.layers.{number}") for number, layer in enumerate(inside.layers)],
-        _embedding(inside.embed_tokens),
-        inside.norm.weight.detach(),
-        _head(model.lm_head, head),
+        [_block(layer, f"model.layers.{number}", weights) for number, layer in enumerate(inside.layers)],
+        _embedding(inside.embed_tokens, weights),
+        weights.tensor(inside.norm.weight),
+        _head(model.lm_head, head, weights),
         cos[0, :, :half].float().contiguous(),
         sin[0, :, :half].float().contiguous(),
     )
@@ -189,7 +221,7 @@ def _known_gates(model: Any) -> None:
             raise BadInput(f"the gate on {place}", "the native decoder computes gates on what a layer's linears read, and on its MLP's units", "run it through transformers")
 
 
-def _block(layer: Any, path: str) -> Block:
+def _block(layer: Any, path: str, weights: Float32) -> Block:
     modules = {name: layer.get_submodule(place) for name, place in PLACES.items()}
     gates = {name: module._modules.get("rarefy_input") for name, module in modules.items()}
     gates["units"] = layer.mlp.act_fn._modules.get("rarefy_output")
@@ -199,23 +231,23 @@ def _block(layer: Any, path: str) -> Block:
         _plain(modules[name], f"{path} {name}")
         if name in sieves or (name == "down" and "units" in sieves):
             store_columns(modules[name])
-    linears = {name: _matrix(module, f"{path} {name}") for name, module in modules.items()}
-    return Block(linears, layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach(), sieves)
+    linears = {name: _matrix(module, f"{path} {name}", weights) for name, module in modules.items()}
+    return Block(linears, weights.tensor(layer.input_layernorm.weight), weights.tensor(layer.post_attention_layernorm.weight), sieves)
 
 
-def _embedding(module: Any) -> Rows:
+def _embedding(module: Any, weights: Float32) -> Rows:
     if module._forward_hooks or module._forward_pre_hooks:
         raise BadInput("the embedding has forward hooks", "the native decoder would not run them", "remove them, or run the model through transformers")
     if isinstance(module, PackedEmbedding):
         return module.rows()
-    return DenseMatrix(module.weight)
+    return DenseMatrix(weights.tensor(module.weight))
 
 
-def _head(module: Any, layout: str | None) -> Any:
+def _head(module: Any, layout: str | None, weights: Float32) -> Any:
     if layout is None:
-        return _matrix(module, "lm_head")[0]
-    chosen, weight = pick(LAYOUTS, layout, "layout"), module.weight.detach()
-    return chosen.matrix(chosen.pack(weight), tuple(weight.shape), weight.dtype)
+        return _matrix(module, "lm_head", weights)[0]
+    chosen, weight = pick(LAYOUTS, layout, "layout"), weights.tensor(module.weight)
+    return chosen.matrix(chosen.pack(weight), (weight.shape[0], weight.shape[1]), weight.dtype)
 
 
 def _plain(module: Any, where: str) -> None:
@@ -225,15 +257,14 @@ def _plain(module: Any, where: str) -> None:
         raise BadInput(f"{where} has a view", "the native decoder would not run it", "run the model through transformers")
 
 
-def _matrix(module: Any, where: str) -> tuple[Any, Tensor | None]:
+def _matrix(module: Any, where: str, weights: Float32) -> tuple[Any, Tensor | None]:
     _plain(module, where)
     held: Any = module.bias
-    bias = None if held is None else held.detach()
+    bias = None if held is None else weights.tensor(held)
     kind = plain_type(module)
     if kind is nn.Linear:
-        weight = module.weight.detach()
+        weight = weights.tensor(module.weight)
         return DenseMatrix(weight) if weight.is_contiguous() else ColumnsMatrix(weight.t()), bias
     if kind is not PackedLinear:
         raise BadInput(f"{where} is a {kind.__name__}", "the native decoder computes plain and packed linear layers", "run it through transformers")
-    packed: PackedLinear = module
-    return packed.matrix(), bias
+    return weights.packed(module), bias

@@ -15,7 +15,9 @@ def _native(model: Any, head: str | None) -> str:
     from rarefy.hub.decoder import use_decoder
 
     use_decoder(model, head)
-    return f"rarefy, {describe()}{'' if head is None else f', head {head}'}"
+    copied = model.rarefy_copied_bytes
+    copies = f", {str(model.dtype).removeprefix('torch.')} weights copied to float32: {copied / 1e6:.1f} MB more" if copied else ""
+    return f"rarefy, {describe()}{'' if head is None else f', head {head}'}{copies}"
 
 
 def _transformers(model: Any, head: str | None) -> str:

@@ -155,8 +155,8 @@ def save_packed(
     """Save a transformers model with its sparse layers packed, its gates and its edits; the model itself is left as it was.
 
     A Linear or Conv1D is packed where that is smaller than the dense tensor. A gated one is packed in any case, `flat`
-    where `layout` takes more, so that transformers without rarefy cannot run it dense. The others stay dense, and the
-    record says why. With a `Chooser` in place of a layout's name, each matrix is stored in the lossless layout that is
+    where `layout` takes more, so that transformers without rarefy cannot run it dense. The others stay dense, fused
+    experts among them, and the record says why. With a `Chooser` in place of a layout's name, each matrix is stored in the lossless layout that is
     fastest on this machine, and stays dense where the dense product is.
     `embeddings` is a layout, int8 say, for the embedding and the output head, which are left as they are without it.
     `gating` is what `rarefy.activations.apply.apply_gating` measured, to be kept in the record.
@@ -191,6 +191,7 @@ def save_packed(
     for path, layer, data, site in _ends(model, embeddings):
         sites.append(site)
         layers[path], packed[f"{path}.weight"] = layer, data
+    sites += _unpackable(model)
     for place in gates:
         if place.endswith(OUTPUT) and not any(beside(place, path) for path in layers):
             raise Refused(f"the gate on {place}", "no Linear or Conv1D lies beside it that would keep others from running it dense", "detach the gate")
@@ -215,6 +216,7 @@ def save_packed(
                 seals = {key: tensor.seal() for key, tensor in stored(draft.glob("*.safetensors")).items()}
                 model.config.quantization_config = RarefyConfig(**Plan(layers, plan.edits, gates, seals).to_dict())
                 model.config.save_pretrained(draft)
+                (draft / "README.md").write_text(_card(model, record))
             (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     finally:
         if hasattr(model.config, "quantization_config"):
@@ -222,11 +224,24 @@ def save_packed(
     return record
 
 
+def _card(model: Any, record: Mapping[str, Any]) -> str:
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    holds = [f"{record['packed']} of {len(record['sites'])} matrices are packed"]
+    holds += [f"{len(record[what])} {words}" for what, words in (("gates", "activation gates"), ("edits", "narrower MLPs")) if record[what]]
+    return (
+        f"# {Path(name).name if Path(name).exists() else name}, packed\n\n"
+        f"{', '.join(holds)}. transformers needs rarefy to load them, and raises an error without it:\n\n"
+        f"```sh\npip install 'rarefy[hub]'\n```\n\n```python\nimport rarefy\nfrom transformers import {type(model).__name__}\n\n"
+        f"model = {type(model).__name__}.from_pretrained(FOLDER)\n```\n\n"
+        f"`rarefy unpack FOLDER --out PLAIN` makes plain weights of them. `{RECORD}` holds the record of every matrix.\n"
+    )
+
+
 def _write(model: Any, draft: Path, packed: dict[str, Tensor], max_shard_size: str | int) -> None:
     """Files as transformers writes them when the reloaded model is saved again: keys sorted, packed bytes counted as parameters."""
     state = model.state_dict()
     try:
-        model.save_pretrained(draft, state_dict=dict(sorted({**state, **packed}.items())), max_shard_size=max_shard_size)
+        type(model).save_pretrained(model, draft, state_dict=dict(sorted({**state, **packed}.items())), max_shard_size=max_shard_size)
     except RuntimeError as error:
         if "shared tensors" not in str(error):
             raise
@@ -275,6 +290,21 @@ def _ends(model: Any, layout: str | None) -> Iterator[tuple[str, Layer, Tensor, 
         before, tied = weight.numel() * weight.element_size(), module is head and head.weight is embedding.weight
         site = {"name": f"{paths[module]}.weight", "density": int(torch.count_nonzero(weight)) / weight.numel(), "dense_because": None, "layout": layout}
         yield paths[module], layer, packed, {**site, "bytes_dense": 0 if tied else before, "bytes": 0 if tied else packed.numel(), "error": _error(weight, layer, packed)}
+
+
+def _unpackable(model: nn.Module) -> list[dict[str, Any]]:
+    """What `prune` may have made sparse and no packed layer stands for, so that a record keeps silent about nothing: a row a tensor."""
+    found: dict[str, Any] = {}
+    for site in find_sites(model):
+        module = model.get_submodule(site.module)
+        if packed_kind(module) is None:
+            weight = model.get_parameter(site.key).detach()
+            fused = f"the {weight.shape[0]} experts of a fused tensor" if site.expert is not None else f"the weight of a {plain_type(module).__name__}"
+            size = weight.numel() * weight.element_size()
+            reason = f"{fused} cannot be packed yet, only Linear and Conv1D"
+            density = int(torch.count_nonzero(weight)) / weight.numel()
+            found[site.key] = {"name": site.key, "density": density, "bytes_dense": size, "dense_because": reason, "layout": None, "bytes": size, "error": 0.0}
+    return list(found.values())
 
 
 def _shared(model: nn.Module, module: Any) -> bool:

@@ -22,6 +22,7 @@ from rarefy.layouts import LAYOUTS
 from rarefy.surgery.narrow import Narrow
 
 METHOD = "rarefy"
+NAMED = "rarefy (pip install rarefy, then import rarefy)"  # the quant_method in the files: what does not know it prints it
 VERSION = 1
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LARGEST = 2**31

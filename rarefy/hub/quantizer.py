@@ -17,14 +17,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 from rarefy.core.attach import PREFIX, attach_gate, gated
 from rarefy.core.errors import BadFile, BadInput
 from rarefy.core.roles import Gate
-from rarefy.hub.packed import matrix, packed_kind, replace, unchanged
-from rarefy.hub.plan import METHOD, Layer, Plan, parse
+from rarefy.hub.packed import dequantize, matrix, packed_kind, replace, unchanged
+from rarefy.hub.plan import METHOD, NAMED, Layer, Plan, parse
 from rarefy.hub.tensors import check_folder, headers, stored
 from rarefy.surgery.narrow import replay
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
+@register_quantization_config(NAMED)
 @register_quantization_config(METHOD)
 class RarefyConfig(QuantizationConfigMixin):
     """The plan as transformers keeps it. Raises BadFile where a field breaks the format."""
@@ -37,18 +38,20 @@ class RarefyConfig(QuantizationConfigMixin):
             setattr(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, **{name: copy.deepcopy(getattr(self, name)) for name in self.fields}}
+        return {"quant_method": NAMED, **{name: copy.deepcopy(getattr(self, name)) for name in self.fields}}
 
     def plan(self) -> Plan:
         with torch.device("cpu"):  # transformers builds the skeleton under the meta device
             return parse({name: getattr(self, name) for name in self.fields})
 
 
+@register_quantizer(NAMED)
 @register_quantizer(METHOD)
 class RarefyQuantizer(HfQuantizer):
     """Replays edits, packed layers and gates; verifies every tensor, and size and bit count of the packed ones."""
 
     requires_calibration = False
+    holds_gates = True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         plan = self._plan()
@@ -87,6 +90,10 @@ class RarefyQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
         unchanged(model, self._plan())
         return None, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """`model.dequantize()` of transformers; raises as `rarefy.hub.packed.dequantize`."""
+        return dequantize(model)
 
     def _plan(self) -> Plan:
         config: Any = self.quantization_config

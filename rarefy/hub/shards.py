@@ -24,6 +24,7 @@ from rarefy.core.errors import BadFile, Refused
 from rarefy.core.records import Site
 from rarefy.hub.converted import Converted
 from rarefy.hub.load import TASKS, Loaded, resolve, tokenizer_of, torch_device, torch_dtype
+from rarefy.hub.plan import METHOD, NAMED
 from rarefy.hub.tensor_file import write_tensors
 from rarefy.weights.blocks import Calls, capture, hidden_of
 from rarefy.weights.checkpoint import Checkpoint, digest
@@ -314,8 +315,11 @@ def _empty_model(folder: Path, files: Mapping[str, Path], dtype: torch.dtype | N
     from accelerate import init_empty_weights
 
     config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    if getattr(config, "quantization_config", None) is not None:
-        raise Refused(f"streaming {folder}", "its weights are quantised or packed", "prune in memory (--no-stream)")
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        ours = dict(quantised if isinstance(quantised, Mapping) else quantised.to_dict()).get("quant_method") in (METHOD, NAMED)
+        how = f"run rarefy unpack {folder} --out DIR first, and name DIR" if ours else "make it plain first: model.dequantize(), then save_pretrained"
+        raise Refused(f"{folder} is {'packed' if ours else 'quantised'}", "only plain weights can be pruned", how)
     with init_empty_weights(include_buffers=False):
         model = getattr(transformers, TASKS[task].auto).from_config(config, dtype=dtype or config.dtype or _first_dtype(files))
     if model.dtype == torch.float16 and model._keep_in_fp32_modules:

@@ -178,7 +178,7 @@ class Decoder:
         return logits
 
     def _chunk(self, ids: Tensor, positions: Tensor, sequence: Tensor, column: Tensor, cache: KeyValues, first: int, logits: Tensor) -> None:
-        x, position = self.embedding.take(ids[sequence, column]).contiguous(), positions[sequence, column].contiguous()
+        x, position = self.embedding.take(ids[sequence, column]).float().contiguous(), positions[sequence, column].contiguous()
         wanted = (column >= first).nonzero()[:, 0]
         out = torch.empty(len(wanted), self.sizes.vocab)
         tokens = (pointer(x), pointer(sequence.contiguous()), pointer(position), len(x))

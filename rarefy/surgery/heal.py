@@ -117,7 +117,9 @@ def pruned_sites(model: nn.Module) -> list[Site]:
         Refused: there is none, the weights are quantised or packed, or a view is on them.
     """
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
-        raise Refused("a packed or quantised model", "healing trains plain weights", "dequantize it first (rarefy.hub.packed.dequantize, then save_pretrained)")
+        raise Refused(
+            "a packed or quantised model", "healing trains plain weights", "dequantize it first: rarefy unpack DIR --out PLAIN, or model.dequantize() and save_pretrained"
+        )
     if viewed(model):
         raise Refused("a model with views on its weights", "healing puts its own there", "export it first, with rarefy.core.attach.exported")
     holders: dict[int, int] = {}

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rarefy.core.errors import BadFile, DiskError, Refused
-from rarefy.core.files import DRAFT, write_atomic
+from rarefy.core.files import DRAFT, no_room, write_atomic
 
 try:
     import fcntl
@@ -72,7 +72,8 @@ class Checkpoint:
             yield self
         finally:
             self._locks -= 1
-            if self.folder.is_dir() and not any(self.folder.iterdir()):
+            if self.folder.is_dir() and all(p.name == KEY for p in self.folder.iterdir()):  # nothing was finished: nothing to keep
+                (self.folder / KEY).unlink(missing_ok=True)
                 self.folder.rmdir()
             os.close(handle)
 
@@ -183,7 +184,7 @@ class Checkpoint:
             raise self._damaged(path) from error
 
     def _unwritable(self, error: OSError) -> DiskError:
-        return DiskError(f"checkpoint {self.folder} cannot be written", str(error.strerror), "free some space or name another folder; finished blocks are kept")
+        return DiskError(f"checkpoint {self.folder} cannot be written", no_room(error) or str(error.strerror), "free some space or name another folder")
 
     def _damaged(self, path: Path) -> BadFile:
         return BadFile(f"checkpoint file {path}", "it is truncated or was changed", f"delete {path.parent} and begin again")

@@ -81,7 +81,7 @@ def prune(
         weights: where the tensors are, if not in memory (`rarefy.hub.shards.ShardedWeights`); needs a checkpoint.
 
     Returns:
-        {model, recipe, pattern, allocation, density_requested, density, mode, seed, sites: [{name, shape, kept,
+        {model, recipe, pattern, allocation, density_requested, density, mode, seed, emptied: names of sites that keep no weight, sites: [{name, shape, kept,
         density, error_mask_only, error, error_on, ...}]}; errors are relative root errors of the site's output with the
         weights as the model stores them, sqrt(tr(D H D^T) / tr(W H W^T)), for the mask alone and with the solver's
         update, on the same statistics: `error_on` "inputs", or "weight" where H = I. `dead_inputs` counts the input
@@ -129,6 +129,7 @@ def prune(
         "density": kept / total,
         "mode": "parallel" if flow.dense_throughout else mode,
         "seed": seed,
+        "emptied": [r["name"] for r in records if not r["kept"]],
         "sites": records,
     }
 
@@ -233,7 +234,10 @@ class _Flow:
 
     def _budget(self, density: float, stats: Stats) -> dict[str, int]:
         units = [Units(s.name, s.shape, (Member(s.name),)) for s in self.sites]
-        target = keep_count(sum(u.numel for u in units), density)
+        total = sum(u.numel for u in units)
+        target = keep_count(total, density)
+        if density > 0 and not target:
+            raise BadInput(f"density {density}", f"it keeps none of {total:,} weights", f"ask for at least {1 / total:.2g}")
         available: dict[str, Callable[[], Any]] = {
             "weights": lambda: {s.name: self._weight(s) for s in self.sites},
             "scores": lambda: {s.name: self._scores(s, stats) for s in self.sites},

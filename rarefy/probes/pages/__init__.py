@@ -1,0 +1,1 @@
+"""One page a kind of folder: what its record says, drawn."""
