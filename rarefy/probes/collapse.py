@@ -1,0 +1,51 @@
+"""Whether rows collapse onto their experts' centres, and how steadily they are routed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rarefy.core.errors import BadInput
+
+
+def collapse(x: Tensor, expert: Tensor) -> float:
+    """``tr(S_within pinv(S_between))``, rows x [R, d] by the expert [R] each went to: small where rows lie near their expert's mean.
+
+    S_within is the mean covariance of a row about its expert's mean, S_between that of the experts' means about the rows' mean, both
+    weighted by rows. Source: Chi et al., arXiv 2204.09179, section 4 (from neural collapse, arXiv 2008.08186), as we remember it.
+
+    Raises:
+        BadInput: fewer than two experts were used.
+
+    >>> x = torch.tensor([[0.0], [2.0], [10.0], [12.0]])
+    >>> round(collapse(x, torch.tensor([0, 0, 1, 1])), 3)
+    0.04
+    """
+    x = x.double()
+    used, index = expert.unique(return_inverse=True)
+    if used.numel() < 2:
+        raise BadInput(f"rows of {used.numel()} expert", "collapse compares at least two", "route more rows")
+    mean = torch.zeros(used.numel(), x.shape[1], dtype=x.dtype, device=x.device).index_add(0, index, x) / index.bincount()[:, None]
+    within, between = x - mean[index], mean[index] - x.mean(0)
+    return float(torch.trace((within.T @ within) @ torch.linalg.pinv(between.T @ between)))
+
+
+def agreement(one: Tensor, other: Tensor) -> float:
+    """The share of rows that two checkpoints send to the same expert: expert [R] of each.
+
+    >>> agreement(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1, 2, 2]))
+    0.75
+    """
+    return float((one == other).double().mean())
+
+
+def consistency(one: Tensor, other: Tensor) -> float:
+    """The correlation of two runs' expert loads [E], each in order of size as experts have no names across runs; 0 where a run is even.
+
+    >>> round(consistency(torch.tensor([4, 1, 1]), torch.tensor([2, 2, 8])), 3)
+    1.0
+    """
+    loads = torch.stack([one.double().sort().values, other.double().sort().values])
+    loads = loads - loads.mean(1, keepdim=True)
+    length = loads.norm(dim=1)
+    return float((loads[0] @ loads[1]) / length.prod()) if bool((length > 0).all()) else 0.0
