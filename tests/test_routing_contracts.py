@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -119,7 +119,18 @@ class Anticausal(Switch):
     """Honest routing under a flag that says otherwise."""
 
     name = "anticausal"
-    causal: ClassVar[bool] = False
+
+    def causal(self, training: bool) -> bool:
+        return False
+
+
+class CausalInTrainingAlone(Switch):
+    """Says that it looks ahead outside training, where it does not."""
+
+    name = "causal-in-training-alone"
+
+    def causal(self, training: bool) -> bool:
+        return training
 
 
 @dataclass(frozen=True)
@@ -148,7 +159,8 @@ BROKEN_CHOICES: list[tuple[Choice, str, str]] = [
     (Chooses(forgets_the_living), "dead_experts_get_nothing", "nothing to the live experts"),
     (Renormalised(), "the_router_learns_through_the_weights", "no gradient from the task"),
     (Chooses(first_rows_of_each), "its_causal_flag_is_true", "later rows change the routing"),
-    (Anticausal(), "its_causal_flag_is_true", "causal = False, and later rows never change"),
+    (Anticausal(), "its_causal_flag_is_true", "causal = False in training, and later rows never change"),
+    (CausalInTrainingAlone(), "its_causal_flag_is_true", "causal = False outside training, and later rows never change"),
     (Scales(), "its_causal_flag_is_true", "later rows change the routing"),
 ]
 

@@ -184,13 +184,16 @@ class Choice(Role):
     `affinity` (None: the linear router), `balances` and `overflow` are what its paper trains it with; a layer may take others.
     """
 
-    causal: ClassVar[bool] = True
     affinity: ClassVar[type[Affinity] | None] = None  # made of (width, experts)
     balances: ClassVar[tuple[Balance, ...]] = ()
     overflow: ClassVar[Overflow | None] = None
 
     @abstractmethod
     def __call__(self, scores: Scores, context: Context) -> Routing: ...
+
+    def causal(self, training: bool) -> bool:
+        """Whether a row's routing never depends on the rows after it, in training or outside it."""
+        return True
 
     def invariants(self, routing: Routing, scores: Scores, context: Context) -> dict[str, bool]:
         """{what holds of every routing that it makes: whether it does}; the contract suite asks over many scores."""

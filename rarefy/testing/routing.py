@@ -138,7 +138,7 @@ def padding_goes_to_nobody_and_changes_nothing(part: Choice) -> None:
         for content in (-plain[:1], 50 * plain[:1], torch.zeros(1, _EXPERTS)):
             found = _routed(part, plain.where(_VALID[:, None], content), training=training, valid=_VALID)
             assert _same(found, first), f"{part!r}: what padding holds changes the routing of other rows"
-        if part.causal:
+        if part.causal(training):
             assert _same(_routed(part, plain[_VALID], training=training), first, of=_VALID), f"{part!r} routes rows otherwise for padding being among them"
 
 
@@ -166,15 +166,22 @@ def the_router_learns_through_the_weights(part: Choice) -> None:
 
 @contract(Choice)
 def its_causal_flag_is_true(part: Choice) -> None:
-    """Later rows are changed in several ways; whether an earlier row's routing ever changes is what `causal` says, training or not."""
-    moved = False
+    """Later rows are changed in several ways; whether an earlier row's routing ever changes is what `causal` says, of training and of the rest."""
     for training in (True, False):
-        for seed in range(4):
-            plain = _logits(seed=seed)
-            for future in (-plain[_CUT:], 20 * plain[_CUT:], _logits(_ROWS - _CUT, seed=seed + 9)):
-                one, other = _routed(part, plain, training=training), _routed(part, torch.cat([plain[:_CUT], future]), training=training)
-                moved |= not _same(one, other, slice(0, _CUT), slice(0, _CUT))
-    assert moved is not part.causal, f"{part!r} says causal = {part.causal}, and later rows {'change' if moved else 'never change'} the routing of earlier ones"
+        moved, says = _later_rows_matter(part, training), part.causal(training)
+        when = "in training" if training else "outside training"
+        assert moved is not says, f"{part!r} says causal = {says} {when}, and later rows {'change' if moved else 'never change'} the routing of earlier ones"
+
+
+def _later_rows_matter(part: Choice, training: bool) -> bool:
+    for seed in range(4):
+        plain = _logits(seed=seed)
+        one = _routed(part, plain, training=training)
+        for future in (-plain[_CUT:], 20 * plain[_CUT:], _logits(_ROWS - _CUT, seed=seed + 9)):
+            other = _routed(part, torch.cat([plain[:_CUT], future]), training=training)
+            if not _same(one, other, slice(0, _CUT), slice(0, _CUT)):
+                return True
+    return False
 
 
 # ---------------------------------------------------------------- affinity

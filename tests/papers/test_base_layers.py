@@ -138,7 +138,7 @@ def test_causality_as_declared() -> None:
     """In training the last row's affinity moves earlier rows; outside it never."""
     a = affinity(24, 4)
     futures = [torch.cat([a[:-1], 9 * torch.eye(4)[[e]]]) for e in range(4)]
-    assert BalancedAssignment.causal is False
+    assert not BalancedAssignment().causal(training=True) and BalancedAssignment().causal(training=False)
     for context, pasts in ((TRAINING, 2), (EVALUATION, 1)):
         found = {tuple(BalancedAssignment()(Scores(z), context).expert[:-1].tolist()) for z in futures}
         assert min(len(found), 2) == pasts

@@ -35,4 +35,4 @@ class AtTemperature(Balance):
         if scores is None or scores.select is None:
             raise BadInput(f"balance loss of {entry.path}", "the routing must carry its scores before the temperature", "use the cosine router")
         fixed = replace(scores, logits=scores.select / self.temperature)
-        return self.inner(replace(entry, routing=replace(entry.routing, scores=fixed)))  # type: ignore[operator]
+        return self.inner(replace(entry, routing=replace(entry.routing, scores=fixed)))

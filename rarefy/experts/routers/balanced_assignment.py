@@ -36,8 +36,7 @@ class BalancedAssignment(Choice):
     [[1, 0, 1, 0], [0, 0, 0, 0]]
     """
 
-    name = "balanced_assignment"
-    causal = False
+    name = "balanced-assignment"
     paper = Paper(
         "base-layers",
         "BASE Layers: Simplifying Training of Large, Sparse Models",
@@ -63,6 +62,9 @@ class BalancedAssignment(Choice):
         expert = self._solve(a, context) if context.training else _best(a, context)
         weight = a.gather(1, expert.clamp(max=a.shape[1] - 1)[:, None]).squeeze(1).sigmoid()
         return Routing(expert, weight.masked_fill(expert == a.shape[1], 0.0), a.shape[0], a.shape[1], 1, scores=scores)
+
+    def causal(self, training: bool) -> bool:
+        return not training
 
     def _solve(self, a: Tensor, context: Context) -> Tensor:
         if self.chunk is None or a.shape[0] <= self.chunk:

@@ -20,6 +20,8 @@ def capped(scores: Tensor, take: Tensor, limit: int, *, temperature: float = 1e-
     [[[1.0, 0.0], [0.0, 1.0]]]
     """
     s = scores.float()
+    if s.shape[1] == 0:
+        return s
     by_row, by_expert = torch.zeros_like(s[:, :, :1]), torch.zeros_like(s)
     bound = torch.tensor(float(limit), device=s.device).log()
     for sweep in range(sweeps):
