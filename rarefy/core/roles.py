@@ -178,13 +178,23 @@ class Affinity(nn.Module):
         return (cls(8, 4),)
 
 
+class MakesAffinity(Protocol):
+    def __call__(self, width: int, experts: int, /) -> Affinity: ...
+
+
+class MakesBank(Protocol):
+    def __call__(self, experts: int, width: int, inner: int, /) -> Bank: ...
+
+
 class Choice(Role):
     """(Scores, Context) -> Routing | Slots | Mix. Frozen; owns selection and weighing; `causal` is declared and tested.
 
-    `affinity` (None: the linear router), `balances` and `overflow` are what its paper trains it with; a layer may take others.
+    `affinity` (None: the linear router), `bank` (None: gated experts), `balances` and `overflow` are what its paper trains it with; a
+    layer may take others.
     """
 
-    affinity: ClassVar[type[Affinity] | None] = None  # made of (width, experts)
+    affinity: ClassVar[MakesAffinity | None] = None
+    bank: ClassVar[MakesBank | None] = None
     balances: ClassVar[tuple[Balance, ...]] = ()
     overflow: ClassVar[Overflow | None] = None
 
@@ -223,9 +233,21 @@ class Balance(Role):
 
 
 class Bank(nn.Module):
-    """Rows -> [N, d_out]; an empty batch and an empty expert are fine."""
+    """Functions [n, H] -> [n, H], one per expert, and one that takes a row's expert along; `grouped` may run all in one op. `examples` take rows of 8."""
 
     experts: int
+
+    @classmethod
+    def examples(cls) -> tuple[Any, ...]:
+        return (cls(4, 8, 6),)
+
+    def split(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        """One function [n, H] -> [n, H] per expert; n = 0 is fine."""
+        raise NotImplementedError
+
+    def each(self, x: Tensor, expert: Tensor) -> Tensor:
+        """Row n [H] through expert[n]."""
+        raise NotImplementedError
 
 
 class Gate(nn.Module, Role):

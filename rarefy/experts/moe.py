@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from rarefy.core.ambient import Seat, aligned
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Routing, Scores
-from rarefy.core.roles import Affinity
+from rarefy.core.roles import Affinity, Bank
 from rarefy.core.trace import Tap
-from rarefy.experts.banks.glu import GLU
 from rarefy.experts.dispatch import Backend, dispatch
 
 
@@ -30,7 +29,7 @@ class MoE(nn.Module):
         self,
         affinity: Affinity,
         choice: Callable[[Scores, Context], Routing],
-        bank: GLU,
+        bank: Bank,
         overflow: Callable[[Routing, Context], Routing] | None = None,
         backend: Backend | None = None,
     ) -> None:

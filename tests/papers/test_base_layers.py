@@ -15,7 +15,7 @@ from rarefy.core.trace import Trace
 from rarefy.experts.banks.residual import ResidualStack
 from rarefy.experts.dispatch import dispatch, fused, gather, loop
 from rarefy.experts.moe import MoE
-from rarefy.experts.routers.balanced_assignment import BalancedAssignment, orthogonal_centres
+from rarefy.experts.routers.balanced_assignment import BalancedAssignment, centres
 from rarefy.experts.routers.linear import Linear
 from rarefy.experts.routers.solvers.balanced import balanced
 from tests.evidence import check
@@ -88,7 +88,7 @@ def test_choice_twins(twin: type[BalancedAssignment]) -> None:
 def layer_holds(bank: ResidualStack, residual: bool = True) -> None:
     """With the host's residual: the identity at first, afterwards alpha f(x) + (1 - alpha) x, by every back end."""
     torch.manual_seed(0)
-    moe, x = MoE(orthogonal_centres(Linear(6, 4)), BalancedAssignment(), bank), torch.randn(24, 6)
+    moe, x = MoE(centres(6, 4), BalancedAssignment(), bank), torch.randn(24, 6)
     assert torch.equal(x + moe(x) if residual else moe(x), x)
     with torch.no_grad():
         for p in bank.parameters():
@@ -187,12 +187,11 @@ def test_back_ends_agree_and_one_graph_suffices() -> None:
     torch.testing.assert_close(torch.compile(moe, backend="aot_eager", fullgraph=True)(x), moe(x))
 
 
-def test_training_and_evaluation_come_to_agree() -> None:
-    """Rows of four kinds, one expert learning each: the share of rows that get the same expert both ways rises."""
+def comes_to_agree(choice: type[BalancedAssignment]) -> None:
+    """Rows of four kinds, one expert learning each: the share of rows that get the same expert in training and outside it rises."""
     torch.manual_seed(0)
-    kinds = torch.randn(4, 6)
-    moe = MoE(orthogonal_centres(Linear(6, 4)), BalancedAssignment(), ResidualStack(4, 6, 8))
-    targets = torch.randn(4, 6)
+    kinds, targets = torch.randn(4, 6), torch.randn(4, 6)
+    moe = MoE(centres(6, 4), choice(), ResidualStack(4, 6, 8))
     optimizer = torch.optim.Adam(moe.parameters(), 1e-2)
 
     def agreement() -> float:
@@ -206,4 +205,25 @@ def test_training_and_evaluation_come_to_agree() -> None:
         optimizer.zero_grad()
         (x + moe(x) - targets.repeat_interleave(16, 0)).square().mean().backward()
         optimizer.step()
-    assert agreement() > before + 0.1
+    assert agreement() > before + 0.1, (before, agreement())
+
+
+class WithoutAGradient(BalancedAssignment):
+    """The affinities of the assignment, which has no gradient, are used for the weight too."""
+
+    def __call__(self, scores: Scores, context: Context) -> Routing:
+        return super().__call__(Scores(scores.logits.detach()), context)
+
+
+AGREE = "training and evaluation come to send rows to the same expert"
+
+
+@check("base-layers", AGREE, kind="method")
+def test_agreement() -> None:
+    comes_to_agree(BalancedAssignment)
+
+
+@check("base-layers", AGREE, kind="twin")
+def test_agreement_twin() -> None:
+    with pytest.raises(AssertionError):
+        comes_to_agree(WithoutAGradient)

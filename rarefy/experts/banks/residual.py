@@ -17,7 +17,7 @@ class ResidualStack(Bank):
 
     norm [depth, 2, E, H] (gain, shift), up [depth, E, I, H], up_bias [depth, E, I], down [depth, E, H, I], down_bias [depth, E, H];
     rows [n, H] -> [n, H]. The layer's host adds x, and then ``x + w (f(x) - x)`` lies between the row and the expert's output.
-    Source: Lewis et al., arXiv 2103.16716, section 3.3 and fairseq's base_layer.py.
+    Source: Lewis et al., arXiv 2103.16716, section 4.1 (the blocks) and fairseq's base_layer.py.
 
     >>> bank = ResidualStack(3, 4, 8, depth=2)
     >>> bank.split()[1](torch.ones(2, 4)).abs().max().item()

@@ -11,9 +11,23 @@ from torch import Tensor, nn
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Paper, Routing, Scores
 from rarefy.core.roles import Choice
+from rarefy.experts.banks.residual import ResidualStack
 from rarefy.experts.routers.linear import Linear
 from rarefy.experts.routers.solvers.balanced import balanced
 from rarefy.experts.routing import alive
+
+
+def centres(width: int, experts: int, gain: float = 0.1) -> Linear:
+    """A linear router whose matrix, the experts' centres [E, d], is orthogonal with rows of length `gain`.
+
+    Source: the implementation of arXiv 2103.16716, fairseq's base_layer.py.
+
+    >>> centres(8, 4).weight.norm(dim=1).detach().allclose(torch.tensor(0.1))
+    True
+    """
+    router = Linear(width, experts)
+    nn.init.orthogonal_(router.weight, gain=gain)
+    return router
 
 
 @dataclass(frozen=True)
@@ -23,10 +37,10 @@ class BalancedAssignment(Choice):
     Scores with logits a [R, E] -> Routing with k = 1. No balance loss and no capacity is needed. The assignment passes no gradient; the
     weight does, and it is the router's only one. `chunk` solves for so many rows at a time, drawn at random in training: shorter
     problems, and rows of one text are spread over them. Padding gets nobody; of equals the lower index.
-    With a bank whose experts return ``f(x) - x`` (`ResidualStack`) and the host's residual ``x + layer(x)`` this is the paper's ``alpha f(x) + (1 - alpha) x``.
+    With a bank whose experts return ``f(x) - x`` (`ResidualStack`) and the host's residual ``x + layer(x)`` this is ``alpha f(x) + (1 - alpha) x``.
 
     Not causal in training: a row's expert depends on the rows after it. Outside training each row is on its own: report both losses.
-    Source: Lewis et al., arXiv 2103.16716, section 3, and fairseq's base_layer.py. We solve exactly, where they run an auction to a tolerance.
+    Source: Lewis et al., arXiv 2103.16716, section 3, and fairseq's base_layer.py (where eq. 1 counts the residual of f once). We solve exactly, where they run an auction to a tolerance.
 
     Raises:
         BadInput: a chunk below 1.
@@ -42,11 +56,13 @@ class BalancedAssignment(Choice):
         "BASE Layers: Simplifying Training of Large, Sparse Models",
         "arXiv 2103.16716",
         (
-            "rows are shuffled over the chunks of one device, not over workers",
+            "rows are shuffled over the chunks of one device, not over workers; gradient clipping by the norm of the shared parameters is left to the training loop",
             "where the experts do not divide the rows an expert may get fewer",
             "the paper's language models were not trained",
         ),
     )
+    affinity = staticmethod(centres)
+    bank = ResidualStack
     chunk: int | None = None
 
     @classmethod
@@ -80,9 +96,3 @@ def _best(a: Tensor, context: Context) -> Tensor:
     seen = a.detach() if context.live is None else a.detach().masked_fill(~context.live, float("-inf"))
     expert = alive(seen.max(-1).indices, context.live)
     return expert if context.valid is None else expert.where(context.valid.reshape(-1), a.shape[1])
-
-
-def orthogonal_centres(router: Linear, gain: float = 0.1) -> Linear:
-    """The router with its experts' centres [E, d] drawn anew, orthogonal, of length `gain`; source: arXiv 2103.16716's implementation."""
-    nn.init.orthogonal_(router.weight, gain=gain)
-    return router
