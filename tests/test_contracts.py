@@ -14,7 +14,24 @@ import rarefy.testing as contracts
 from rarefy.core import discover
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Units
-from rarefy.core.roles import Affinity, Allocation, Balance, Bank, Choice, Criterion, Overflow, Pattern, Policy, Rewiring, Role, Schedule, Solver, Statistic, Trigger, View
+from rarefy.core.roles import (
+    Affinity,
+    Allocation,
+    Balance,
+    Bank,
+    Choice,
+    Criterion,
+    Overflow,
+    Pattern,
+    Policy,
+    Rewiring,
+    Role,
+    Schedule,
+    Solver,
+    Statistic,
+    Trigger,
+    View,
+)
 from rarefy.testing import figures
 from rarefy.testing.allocations import asked
 from rarefy.testing.contract import _contracts

@@ -189,14 +189,15 @@ class MakesBank(Protocol):
 class Choice(Role):
     """(Scores, Context) -> Routing | Slots | Mix. Frozen; owns selection and weighing; `causal` is declared and tested.
 
-    `affinity` (None: the linear router), `bank` (None: gated experts), `balances` and `overflow` are what its paper trains it with; a
-    layer may take others.
+    `affinity` (None: the linear router), `bank` (None: gated experts), `balances`, `overflow` and `controllers` are what its paper
+    trains it with; a layer may take others.
     """
 
     affinity: ClassVar[MakesAffinity | None] = None
     bank: ClassVar[MakesBank | None] = None
     balances: ClassVar[tuple[Balance, ...]] = ()
     overflow: ClassVar[Overflow | None] = None
+    controllers: ClassVar[tuple[Controller, ...]] = ()
 
     @abstractmethod
     def __call__(self, scores: Scores, context: Context) -> Routing: ...
@@ -230,6 +231,21 @@ class Balance(Role):
     def even(self, experts: int) -> float:
         """Its value where every one of so many live experts is equally likely and serves as many rows, one expert per row."""
         raise NotImplementedError
+
+
+class Controller(Role):
+    """What a routed layer does between two steps: the only writer of a layer's tensors and of its own running state besides the optimizer.
+
+    The state is a dict of plain values (numbers, strings, lists, dicts), one per layer; `rarefy.core.control.Control` keeps it.
+    """
+
+    def start(self, layer: nn.Module) -> dict[str, Any]:
+        """The state before the first step; may write the layer's tensors in place."""
+        return {}
+
+    @abstractmethod
+    def after_step(self, state: dict[str, Any], layer: nn.Module, entries: Sequence[Entry]) -> dict[str, Any]:
+        """The state after an optimizer step for which this layer routed `entries` in training; may write the layer's tensors in place."""
 
 
 class Bank(nn.Module):
@@ -366,3 +382,7 @@ class Task(Role):
 
     @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]: ...
+
+    def controllers(self, model: nn.Module) -> tuple[Controller, ...]:
+        """What acts on the model's routed layers after every step."""
+        return ()

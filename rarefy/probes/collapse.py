@@ -12,7 +12,7 @@ def collapse(x: Tensor, expert: Tensor) -> float:
     """``tr(S_within pinv(S_between))``, rows x [R, d] by the expert [R] each went to: small where rows lie near their expert's mean.
 
     S_within is the mean covariance of a row about its expert's mean, S_between that of the experts' means about the rows' mean, both
-    weighted by rows. Source: Chi et al., arXiv 2204.09179, section 4 (from neural collapse, arXiv 2008.08186), as we remember it.
+    weighted by rows. Source: Chi et al., arXiv 2204.09179, eq. 10 (from Zhu et al., arXiv 2105.02375, where all classes are as large).
 
     Raises:
         BadInput: fewer than two experts were used.
@@ -31,7 +31,7 @@ def collapse(x: Tensor, expert: Tensor) -> float:
 
 
 def agreement(one: Tensor, other: Tensor) -> float:
-    """The share of rows that two checkpoints send to the same expert: expert [R] of each.
+    """The share of rows that two checkpoints send to the same expert: expert [R] of each. One less it is the paper's routing fluctuation.
 
     >>> agreement(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1, 2, 2]))
     0.75
@@ -39,13 +39,16 @@ def agreement(one: Tensor, other: Tensor) -> float:
     return float((one == other).double().mean())
 
 
-def consistency(one: Tensor, other: Tensor) -> float:
-    """The correlation of two runs' expert loads [E], each in order of size as experts have no names across runs; 0 where a run is even.
+def consistency(loads: Tensor) -> float:
+    """``sum_ij rho_ij / m^2``, rho_ij the correlation of two runs' loads: of m runs from one checkpoint, so that experts keep their names.
 
-    >>> round(consistency(torch.tensor([4, 1, 1]), torch.tensor([2, 2, 8])), 3)
-    1.0
+    loads [m, E], how many rows each expert of each run got. A run that is even has no correlation with another: 0.
+    Source: Chi et al., arXiv 2204.09179, section 4.5 (inter-run consistency).
+
+    >>> round(consistency(torch.tensor([[4, 1, 1], [8, 2, 2]])), 3), round(consistency(torch.tensor([[4, 1, 1], [1, 1, 4]])), 3)
+    (1.0, 0.25)
     """
-    loads = torch.stack([one.double().sort().values, other.double().sort().values])
-    loads = loads - loads.mean(1, keepdim=True)
-    length = loads.norm(dim=1)
-    return float((loads[0] @ loads[1]) / length.prod()) if bool((length > 0).all()) else 0.0
+    centred = loads.double() - loads.double().mean(1, keepdim=True)
+    unit = centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    off = unit @ unit.T
+    return float(off.fill_diagonal_(1.0).mean())

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from rarefy.core.discover import part
 from rarefy.core.records import Context
-from rarefy.core.roles import Choice, Task
+from rarefy.core.roles import Choice, Controller, Task
 from rarefy.core.trace import Trace
 from rarefy.experts.banks.glu import GLU
 from rarefy.experts.moe import MoE
@@ -36,7 +36,7 @@ def _text() -> Tensor:
 class RoutedCharacters(nn.Module):
     """Embed 12 characters, mix them, one routed layer with a residual, read out 128 logits: [R, 12] -> [R, 128].
 
-    `choice` routes, with the affinity, the bank, the overflow rule and the balance losses that its paper trains it with.
+    `choice` routes, with the affinity, the bank, the overflow rule, the balance losses and the controllers that its paper trains it with.
     """
 
     def __init__(self, width: int, experts: int, choice: Choice) -> None:
@@ -44,7 +44,7 @@ class RoutedCharacters(nn.Module):
         self.embed, self.mix, self.read = nn.Embedding(_ASCII, 16), nn.Linear(16 * _SPAN, width), nn.Linear(width, _ASCII)
         affinity = (choice.affinity or Linear)(width, experts)
         self.norm, self.moe = nn.LayerNorm(width), MoE(affinity, choice, (choice.bank or GLU)(experts, width, width), choice.overflow)
-        self.balances = choice.balances
+        self.balances, self.controllers = choice.balances, choice.controllers
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.mix(self.embed(x).flatten(1))
@@ -91,6 +91,10 @@ class CharLM(Task):
         for balance in model.balances:
             loss = loss + torch.stack([balance(entry) for entry in trace.entries]).sum()
         return loss
+
+    def controllers(self, model: Any) -> tuple[Controller, ...]:
+        found: tuple[Controller, ...] = model.controllers
+        return found
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:

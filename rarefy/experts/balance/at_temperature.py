@@ -16,7 +16,7 @@ from rarefy.experts.balance.switch_balance import LoadBalance
 class AtTemperature(Balance):
     """Apply `inner` to logits ``select / temperature``: a learned temperature gets no gradient from it.
 
-    An Entry of a router whose Scores carry `select` before the temperature -> scalar. Source: Chi et al., arXiv 2204.09179, section 3.3.
+    An Entry of a router whose Scores carry `select` before the temperature -> scalar. Source: Chi et al., arXiv 2204.09179, eq. 8; tau_0 is 0.3 with a softmax gate and 0.07 with a sigmoid gate.
 
     Raises:
         BadInput: a temperature that is not positive; the routing carries no scores before their temperature.
@@ -29,6 +29,9 @@ class AtTemperature(Balance):
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise BadInput(f"temperature {self.temperature}", "a temperature is positive", "pass for example 0.3")
+
+    def even(self, experts: int) -> float:
+        return self.inner.even(experts)
 
     def __call__(self, entry: Entry) -> Tensor:
         scores = entry.routing.scores

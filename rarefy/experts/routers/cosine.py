@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from rarefy.core.errors import BadInput
-from rarefy.core.records import Context, Paper, Scores
-from rarefy.core.roles import Affinity
+from rarefy.core.records import Context, Entry, Paper, Routing, Scores
+from rarefy.core.roles import Affinity, Choice, Controller
+from rarefy.experts.balance.at_temperature import AtTemperature
+from rarefy.experts.routers.sigmoid import Sigmoid
+from rarefy.experts.routers.switch import Switch
 
 
 class Cosine(Affinity):
@@ -19,10 +23,10 @@ class Cosine(Affinity):
 
     x [R, d] of any float type -> float32 Scores: logits [R, E], and `select` the cosines themselves, which rank alike and are what
     a balance loss of fixed temperature sees (`AtTemperature`), so that it does not push tau. A score that is not finite becomes the
-    row's least finite one. Choose with `Switch()` (softmax gate, tau from 0.3) or `Sigmoid(1)` (tau from 0.07).
-    The length of v_e does not change a score but does scale its gradient: `keep_lengths` puts it back to 1.5 after every step.
-    Source: Chi et al., arXiv 2204.09179, section 3; torchscale's implementation has the initialisation (orthogonal, gain 0.32) and
-    the length 1.5, but scales neither the row to length 1 nor by a temperature; we do as the paper does.
+    row's least finite one. `ByAngle` chooses with a softmax gate (tau from 0.3), `ByAngleSigmoid` with a sigmoid (tau from 0.07).
+    The length of v_e does not change a score but does scale its gradient: see `KeepLengths`.
+    Source: Chi et al., arXiv 2204.09179, eqs. 6-7 and section 3.1; torchscale's implementation has the initialisation (orthogonal,
+    gain 0.32), but scales neither the row to length 1 nor by a temperature; we do as the paper does.
 
     Raises:
         BadInput: a temperature that is not positive.
@@ -31,13 +35,6 @@ class Cosine(Affinity):
     >>> bool(torch.allclose(router(x, Context(), None).logits, router(100 * x, Context(), None).logits, atol=1e-5))
     True
     """
-
-    paper = Paper(
-        "x-moe",
-        "On the Representation Collapse of Sparse Mixture of Experts",
-        "arXiv 2204.09179",
-        ("the formula of the collapse measure is from memory of the paper", "the multilingual pre-training was not run"),
-    )
 
     def __init__(self, width: int, experts: int, *, space: int | None = None, temperature: float = 0.3) -> None:
         super().__init__()
@@ -66,19 +63,87 @@ def _finite(scores: Tensor) -> Tensor:
     return torch.where(ok, scores, torch.where(least.isfinite(), least, 0.0).detach())
 
 
-def keep_lengths(model: nn.Module, optimizer: torch.optim.Optimizer, length: float = 1.5) -> RemovableHandle:
-    """After every step of the optimizer, rescale the centres of every cosine router in the model; now as well.
+@dataclass(frozen=True)
+class KeepLengths(Controller):
+    """Give every centre of a cosine router one length, before the first step and after each.
 
-    Raises:
-        BadInput: the model has no cosine router.
+    A centre's length changes no score, but its gradient is scaled by 1 / length: this keeps the scale of its steps.
+    Source: the implementation of arXiv 2204.09179, microsoft/torchscale, which does so in each forward.
     """
-    routers = [m for m in model.modules() if isinstance(m, Cosine)]
-    if not routers:
-        raise BadInput(f"keep_lengths of {type(model).__name__}", "the model needs a cosine router")
 
-    def rescale(*_: Any) -> None:
-        for router in routers:
-            router.rescale(length)
+    name = "keep-lengths"
+    length: float = 1.5
 
-    rescale()
-    return optimizer.register_step_post_hook(rescale)
+    def start(self, layer: Any) -> dict[str, Any]:
+        layer.affinity.rescale(self.length)
+        return {}
+
+    def after_step(self, state: dict[str, Any], layer: Any, entries: Sequence[Entry]) -> dict[str, Any]:
+        layer.affinity.rescale(self.length)
+        return state
+
+
+PAPER = Paper(
+    "x-moe",
+    "On the Representation Collapse of Sparse Mixture of Experts",
+    "arXiv 2204.09179",
+    (
+        "no capacity bounds an expert by default: the paper states none",
+        "centres are put back to length 1.5 between steps, which is of the authors' code and not in the paper",
+        "the collapse measure weighs experts by their rows, which the paper leaves open",
+        "experts are single gated layers, where the paper's are three feed-forward sublayers; the multilingual pre-training was not run",
+        "freezing for fine-tuning is a function of the API, and no command takes it",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class ByAngle(Choice):
+    """Send each row to the expert at the smallest angle, weighted by a softmax: ``w = exp(s_k / tau) / sum_j exp(s_j / tau)``.
+
+    Scores of `Cosine` -> Routing with k = 1; the balance loss sees the cosines at a fixed temperature.
+    Source: Chi et al., arXiv 2204.09179, eqs. 1, 7 (softmax gating) and 8.
+
+    >>> ByAngle()(Scores(torch.tensor([[0.0, 50.0]])), Context()).expert.tolist()
+    [1]
+    """
+
+    name = "by-angle"
+    paper = PAPER
+    affinity = Cosine
+    balances = (AtTemperature(0.3),)
+    controllers = (KeepLengths(),)
+
+    def __call__(self, scores: Scores, context: Context) -> Routing:
+        return Switch()(scores, context)
+
+    def invariants(self, routing: Routing, scores: Scores, context: Context) -> dict[str, bool]:
+        return Switch().invariants(routing, scores, context)
+
+
+def sharp(width: int, experts: int) -> Cosine:
+    """The cosine router at the temperature that the paper starts a sigmoid gate from, 0.07."""
+    return Cosine(width, experts, temperature=0.07)
+
+
+@dataclass(frozen=True)
+class ByAngleSigmoid(Choice):
+    """Send each row to the expert at the smallest angle, weighted by a sigmoid: ``w = sigmoid(s_k / tau)``.
+
+    Scores of `Cosine` -> Routing with k = 1. Source: Chi et al., arXiv 2204.09179, eqs. 1, 7 (sigmoid gating) and 8.
+
+    >>> ByAngleSigmoid()(Scores(torch.tensor([[-9.0, 0.0]])), Context()).weight.tolist()
+    [0.5]
+    """
+
+    name = "by-angle-sigmoid"
+    paper = PAPER
+    affinity = staticmethod(sharp)
+    balances = (AtTemperature(0.07),)
+    controllers = (KeepLengths(),)
+
+    def __call__(self, scores: Scores, context: Context) -> Routing:
+        return Sigmoid(1)(scores, context)
+
+    def invariants(self, routing: Routing, scores: Scores, context: Context) -> dict[str, bool]:
+        return Switch().invariants(routing, scores, context)

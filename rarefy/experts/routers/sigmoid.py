@@ -12,6 +12,7 @@ from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Paper, Routing, Scores
 from rarefy.core.roles import Choice
 from rarefy.experts.routers.linear import Linear
+from rarefy.experts.routing import per_row, row_major
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,17 @@ class Sigmoid(Choice):
 
     def __call__(self, scores: Scores, context: Context) -> Routing:
         z = scores.logits
-        rows, experts = z.shape
-        if not 1 <= self.k <= experts:
-            raise BadInput(f"k = {self.k} with {experts} experts", "a row takes between one and all of the experts", "choose k in 1..E")
+        if not 1 <= self.k <= z.shape[1]:
+            raise BadInput(f"k = {self.k} with {z.shape[1]} experts", "a row takes between one and all of the experts", "choose k in 1..E")
         out = self._out_of_reach(z, context)
         # The stable sort of what is out of reach goes second: a logit may itself be as low as -inf.
         order = z.detach().argsort(dim=-1, stable=True, descending=True)
         order = order.gather(1, out.gather(1, order).int().argsort(dim=-1, stable=True))[:, : self.k]
-        lost = out.gather(1, order)
-        weight = z.gather(1, order).sigmoid().masked_fill(lost, 0.0)
-        return Routing(order.masked_fill(lost, experts).flatten(), weight.flatten(), rows, experts, self.k, scores=scores)
+        expert = order.masked_fill(out.gather(1, order), z.shape[1])
+        return row_major(scores, context, expert, z.gather(1, order).sigmoid())
+
+    def invariants(self, routing: Routing, scores: Scores, context: Context) -> dict[str, bool]:
+        return {f"at most {self.k} experts per row": bool((per_row(routing) <= self.k).all())}
 
     def _out_of_reach(self, z: Tensor, context: Context) -> Tensor:
         """[R, E], True where an expert may not be chosen."""
