@@ -39,11 +39,11 @@ class RoutedCharacters(nn.Module):
     `choice` routes, with the affinity, the bank, the overflow rule, the balance losses and the controllers that its paper trains it with.
     """
 
-    def __init__(self, width: int, experts: int, choice: Choice) -> None:
+    def __init__(self, width: int, experts: int, inner: int, choice: Choice) -> None:
         super().__init__()
         self.embed, self.mix, self.read = nn.Embedding(_ASCII, 16), nn.Linear(16 * _SPAN, width), nn.Linear(width, _ASCII)
         affinity = (choice.affinity or Linear)(width, experts)
-        self.norm, self.moe = nn.LayerNorm(width), MoE(affinity, choice, (choice.bank or GLU)(experts, width, width), choice.overflow)
+        self.norm, self.moe = nn.LayerNorm(width), MoE(affinity, choice, (choice.bank or GLU)(experts, width, inner), choice.overflow)
         self.balances, self.controllers = choice.balances, choice.controllers
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class RoutedCharacters(nn.Module):
 class CharLM(Task):
     """Predict the next ASCII character of Python's help texts; the loss includes the router's balance losses.
 
-    `router` names any Choice, with its hyper-parameters: `topk`, `top-p:p=0.5`. The text depends on the Python version, so compare numbers within one version only.
+    `router` names any Choice, with its hyper-parameters: `topk`, `top-p:p=0.5`; `inner` is the width within an expert (None: `width`). The text depends on the Python version, so compare numbers within one version only.
 
     >>> x, y = CharLM(rows=4).batch(0, 7); tuple(x.shape), tuple(y.shape)
     ((4, 12), (4,))
@@ -64,21 +64,23 @@ class CharLM(Task):
 
     width: int = 64
     experts: int = 4
+    inner: int | None = None
     rows: int = 128
     router: str = Switch.name
     name = "char_lm"
 
     def model(self, seed: int, **options: Any) -> nn.Module:
-        """One routed layer; the caller's random state is left as it was. Options: width, experts, router.
+        """One routed layer; the caller's random state is left as it was. Options: width, experts, inner, router.
 
         Raises:
             BadInput: no such router (the sentence lists what there is), or one that refuses its hyper-parameters.
         """
         width, experts = (int(options.get(name, getattr(self, name))) for name in ("width", "experts"))
+        inner = options.get("inner", self.inner)
         choice = part(Choice, options.get("router", self.router))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return RoutedCharacters(width, experts, choice)
+            return RoutedCharacters(width, experts, width if inner is None else int(inner), choice)
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
         """x [rows, 12] and the character that follows, y [rows], from the training part."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, finfo
 
-from rarefy.core.errors import BadInput
 from rarefy.core.records import Entry
 from rarefy.core.roles import Balance
+from rarefy.experts.balance.switch_balance import scores_of, valid_rows
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class MeanEntropy(Balance):
 
     The softmax is taken whatever the gate is (a sigmoid has none), over the live experts, and its mean in logarithms; padding does
     not count. An Entry -> scalar, from -gamma log L when even over L live experts to 0 when one has all; no rows or nobody live 0.
-    Rows that differ may each be certain: only their mean is pushed. Source: Csordas et al., arXiv 2310.10837, section 5, gamma 1e-3 to 1e-4.
+    Rows that differ may each be certain: only their mean is pushed. Source: Csordas et al., arXiv 2310.10837, eqs. 20-21, gamma 1e-3 to 1e-4.
 
     Raises:
         BadInput: the routing carries no logits.
@@ -27,16 +28,15 @@ class MeanEntropy(Balance):
     name = "mean_entropy"
     gamma: float = 1e-3
 
+    def even(self, experts: int) -> float:
+        return -self.gamma * math.log(experts)
+
     def __call__(self, entry: Entry) -> Tensor:
-        routing = entry.routing
-        if routing.scores is None:
-            raise BadInput(f"balance loss of {entry.path}", "the routing must carry its scores")
-        z, valid, live = routing.scores.logits.float(), entry.context.valid, entry.context.live
+        z, real, live = scores_of(entry).logits.float(), valid_rows(entry), entry.context.live
         least = finfo(z.dtype).min
         if live is not None:
             z = z.masked_fill(~live, least)
         log_p = z.log_softmax(-1)
-        real = torch.ones(routing.items, dtype=torch.bool, device=z.device) if valid is None else valid.reshape(-1)
         log_p = log_p.masked_fill(~real[:, None], least)
         blank = log_p.new_full((1, log_p.shape[1]), least)  # so that an empty batch has a maximum
         mean = torch.cat([log_p, blank]).logsumexp(0) - real.sum().clamp(min=1).log()
