@@ -415,7 +415,7 @@ def test_a_part_that_states_neither_bound_nor_value_is_told(monkeypatch: pytest.
 def test_every_router_is_one_graph_when_compiled(name: str) -> None:
     choice = methods(Choice)[name]()
     torch.manual_seed(0)
-    moe = MoE((choice.affinity or Linear)(8, 4), choice, (choice.bank or GLU)(4, 8, 6), choice.overflow)
+    moe = MoE((choice.affinity or Linear)(8, 4), choice, (choice.bank or GLU)(4, 8, 6), choice.overflow, shared=choice.shared(8, 6))
     x, context = torch.randn(9, 8), Context(valid=torch.arange(9) != 4, live=torch.tensor([True, True, True, False]))
     torch._dynamo.reset()
     with torch.random.fork_rng():

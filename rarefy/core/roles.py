@@ -202,6 +202,10 @@ class Choice(Role):
     @abstractmethod
     def __call__(self, scores: Scores, context: Context) -> Routing: ...
 
+    def shared(self, width: int, inner: int) -> nn.Module | None:
+        """What serves every row beside the chosen experts, x [R, H] -> [R, H]; most choices have nothing."""
+        return None
+
     def causal(self, training: bool) -> bool:
         """Whether a row's routing never depends on the rows after it, in training or outside it."""
         return True

@@ -34,6 +34,15 @@ def unpadded(routing: Routing, valid: Tensor | None) -> Routing:
     return replace(routing, expert=routing.expert.where(real, routing.experts), weight=routing.weight.masked_fill(~real, 0.0))
 
 
+def unpadded_rows(y: Tensor, valid: Tensor | None) -> Tensor:
+    """Rows y [R, d] with those of padding (`valid` [R] False) zero.
+
+    >>> unpadded_rows(torch.ones(2, 1), torch.tensor([True, False])).tolist()
+    [[1.0], [0.0]]
+    """
+    return y if valid is None else y.masked_fill(~valid.reshape(-1, 1), 0.0)
+
+
 def dense(routing: Routing) -> Tensor:
     """The combine weights as a matrix [R, E]; several assignments of one row to one expert add up.
 

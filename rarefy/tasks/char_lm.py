@@ -36,14 +36,15 @@ def _text() -> Tensor:
 class RoutedCharacters(nn.Module):
     """Embed 12 characters, mix them, one routed layer with a residual, read out 128 logits: [R, 12] -> [R, 128].
 
-    `choice` routes, with the affinity, the bank, the overflow rule, the balance losses and the controllers that its paper trains it with.
+    `choice` routes, with the affinity, the bank, the shared experts, the overflow rule, the balance losses and the controllers that its paper trains it with.
     """
 
     def __init__(self, width: int, experts: int, inner: int, choice: Choice) -> None:
         super().__init__()
         self.embed, self.mix, self.read = nn.Embedding(_ASCII, 16), nn.Linear(16 * _SPAN, width), nn.Linear(width, _ASCII)
         affinity = (choice.affinity or Linear)(width, experts)
-        self.norm, self.moe = nn.LayerNorm(width), MoE(affinity, choice, (choice.bank or GLU)(experts, width, inner), choice.overflow)
+        bank, shared = (choice.bank or GLU)(experts, width, inner), choice.shared(width, inner)
+        self.norm, self.moe = nn.LayerNorm(width), MoE(affinity, choice, bank, choice.overflow, shared=shared)
         self.balances, self.controllers = choice.balances, choice.controllers
 
     def forward(self, x: Tensor) -> Tensor:
