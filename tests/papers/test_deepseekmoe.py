@@ -214,7 +214,7 @@ def leans_on_shared(choice: type[FineGrained], seeds: int) -> None:
             without = task.evaluate(model)["loss"] - whole
         rises = []
         for live in ~torch.eye(s.experts, dtype=torch.bool):
-            model.moe.choice = lambda scores, context, live=live: trained(scores, replace(context, live=live))
+            model.moe.choice = lambda scores, context, live=live, trained=trained: trained(scores, replace(context, live=live))
             rises.append(task.evaluate(model)["loss"] - whole)
         assert without > 2 * max(0.0, sum(rises) / len(rises)) and without > 0.01, (without, rises)
 
