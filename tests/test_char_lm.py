@@ -61,7 +61,7 @@ def test_every_router_trains_by_its_name(router: str) -> None:
     with Trace(model) as trace:
         model(task.batch(0, 0)[0])
     assert trace.entries[0].layer.choice == methods(Choice)[router]()
-    kind = methods(Choice)[router]
+    kind = methods(Choice)[router]()
     assert type(model.moe.affinity) is type((kind.affinity or Linear)(8, 4)) and type(model.moe.bank) is type((kind.bank or GLU)(4, 8, 8))
     assert model.balances == methods(Choice)[router].balances and model.moe.overflow == methods(Choice)[router].overflow
 

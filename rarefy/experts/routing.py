@@ -85,6 +85,18 @@ def row_major(scores: Scores, context: Context, expert: Tensor, weight: Tensor) 
     return Routing(expert.flatten(), weight.flatten(), items, experts, k, scores=scores)
 
 
+def positive(scores: Scores, context: Context) -> Routing:
+    """Every expert that scores above zero, at its score: R*E assignments, the others' to nobody.
+
+    >>> r = positive(Scores(torch.tensor([[0.5, -1.0], [0.0, 2.0]])), Context())
+    >>> r.expert.tolist(), r.weight.tolist()
+    ([0, 2, 2, 1], [0.5, 0.0, 0.0, 2.0])
+    """
+    weight, experts = scores.logits.float(), scores.logits.shape[1]
+    each = torch.arange(experts, device=weight.device).expand_as(weight)
+    return row_major(scores, context, each.where(weight > 0, experts), weight)
+
+
 def ranked(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Per row the values in descending order (equals by lower index), whose they are, and the sum of those before: three of [R, E].
 

@@ -14,6 +14,7 @@ from rarefy.core.discover import part
 from rarefy.core.records import Context
 from rarefy.core.roles import Choice, Controller, Task
 from rarefy.core.trace import Trace
+from rarefy.experts.auxiliary import auxiliary
 from rarefy.experts.banks.glu import GLU
 from rarefy.experts.moe import MoE
 from rarefy.experts.routers.linear import Linear
@@ -91,9 +92,7 @@ class CharLM(Task):
     def loss(self, model: Any, batch: Any) -> Tensor:
         with Trace(model) as trace:
             loss = F.cross_entropy(model(batch[0]), batch[1])
-        for balance in model.balances:
-            loss = loss + torch.stack([balance(entry) for entry in trace.entries]).sum()
-        return loss
+        return loss + auxiliary(trace.entries, model.balances)
 
     def controllers(self, model: Any) -> tuple[Controller, ...]:
         found: tuple[Controller, ...] = model.controllers

@@ -23,11 +23,11 @@ _WIDTH, _EXPERTS = 8, 4
 
 def _layer(part: Controller) -> MoE:
     """A layer of a router that trains with a controller of this class."""
-    kinds = [kind for kind in methods(Choice).values() if any(isinstance(c, type(part)) for c in kind.controllers)]
+    kinds = [kind() for kind in methods(Choice).values() if any(isinstance(c, type(part)) for c in kind.controllers)]
     assert kinds, f"{part!r}: no router names it among its controllers"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return MoE((kinds[0].affinity or Linear)(_WIDTH, _EXPERTS), kinds[0](), (kinds[0].bank or GLU)(_EXPERTS, _WIDTH, 6), kinds[0].overflow)
+        return MoE((kinds[0].affinity or Linear)(_WIDTH, _EXPERTS), kinds[0], (kinds[0].bank or GLU)(_EXPERTS, _WIDTH, 6), kinds[0].overflow)
 
 
 class _Run:
