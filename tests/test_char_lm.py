@@ -56,7 +56,7 @@ def test_every_router_trains_by_its_name(router: str) -> None:
     record = train(task, train_recipes()["static"], density=1.0, steps=25, options={"router": router})
     assert record["options"] == {"router": router}
     assert record["metric"]["loss"] < task.evaluate(task.model(0, router=router))["loss"] - 0.5
-    assert 0.9 <= record["metric"]["experts"] <= task.experts
+    assert 0.1 <= record["metric"]["experts"] <= task.experts  # where experts do not compete a row may go without
     model = task.model(0, router=router)
     with Trace(model) as trace:
         model(task.batch(0, 0)[0])

@@ -238,18 +238,23 @@ class Balance(Role):
 
 
 class Controller(Role):
-    """What a routed layer does between two steps: the only writer of a layer's tensors and of its own running state besides the optimizer.
+    """What steers routed layers from step to step: besides the optimizer the only writer of their tensors, and of its own running state.
 
-    The state is a dict of plain values (numbers, strings, lists, dicts), one per layer; `rarefy.core.control.Control` keeps it.
+    `layers` are a model's routed layers by path, `entries` what they routed in training. The state is a dict of plain values (numbers,
+    strings, lists, dicts) over all layers; `rarefy.core.control.Control` keeps it.
     """
 
-    def start(self, layer: nn.Module) -> dict[str, Any]:
-        """The state before the first step; may write the layer's tensors in place."""
+    def start(self, layers: Mapping[str, Any]) -> dict[str, Any]:
+        """The state before the first step; may write the layers' tensors in place."""
         return {}
 
+    def loss(self, state: dict[str, Any], entries: Sequence[Entry]) -> Tensor | float:
+        """What it adds to the loss of one forward; most add nothing."""
+        return 0.0
+
     @abstractmethod
-    def after_step(self, state: dict[str, Any], layer: nn.Module, entries: Sequence[Entry]) -> dict[str, Any]:
-        """The state after an optimizer step for which this layer routed `entries` in training; may write the layer's tensors in place."""
+    def after_step(self, state: dict[str, Any], layers: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, Any]:
+        """The state after an optimizer step, `entries` being all since the one before; may write the layers' tensors in place."""
 
 
 class Bank(nn.Module):

@@ -91,7 +91,7 @@ def train(
                 _load(folder / _CHECKPOINT, run, model, sparsifier, opt, control)
         for step in range(sparsifier.progress.step, steps):
             opt.zero_grad()
-            sparsifier.loss(task.loss(model, task.batch(seed, step))).backward()
+            control.loss(sparsifier.loss(task.loss(model, task.batch(seed, step)))).backward()
             opt.step()
             if folder is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
                 _save(folder / _CHECKPOINT, run, model, sparsifier, opt, control)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,13 +74,13 @@ class KeepLengths(Controller):
     name = "keep-lengths"
     length: float = 1.5
 
-    def start(self, layer: Any) -> dict[str, Any]:
-        layer.affinity.rescale(self.length)
+    def start(self, layers: Mapping[str, Any]) -> dict[str, Any]:
+        for layer in layers.values():
+            layer.affinity.rescale(self.length)
         return {}
 
-    def after_step(self, state: dict[str, Any], layer: Any, entries: Sequence[Entry]) -> dict[str, Any]:
-        layer.affinity.rescale(self.length)
-        return state
+    def after_step(self, state: dict[str, Any], layers: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, Any]:
+        return self.start(layers)
 
 
 PAPER = Paper(
