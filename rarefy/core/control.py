@@ -40,10 +40,10 @@ class Control:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, controllers: Sequence[Controller]) -> None:
         self.controllers = tuple(controllers)
-        self._trace, self._counted, self._asked = Trace(model), 0, False
+        self._trace, self._counted, self._asked = Trace(model, rows=any(c.needs_rows for c in controllers)), 0, False
         if self.controllers:
             self._trace.__enter__()
-            self._hook = optimizer.register_step_post_hook(lambda *_: self._after())
+            self._hook = optimizer.register_step_post_hook(lambda stepped, *_: self._after(stepped))
         with torch.no_grad():
             self.states = [c.start(self._trace.layers) for c in self.controllers]
 
@@ -56,12 +56,12 @@ class Control:
         return task
 
     @torch.no_grad()
-    def _after(self) -> None:
+    def _after(self, optimizer: Optimizer) -> None:
         if not self._asked and any(type(c).loss is not Controller.loss for c in self.controllers):
             raise Refused("a step without control.loss", "a controller acts in the loss, and would train without it", "call control.loss(task).backward()")
         entries = _in_training(self._trace.take())
         self._counted, self._asked = 0, False
-        self.states = [c.after_step(state, self._trace.layers, entries) for c, state in zip(self.controllers, self.states, strict=True)]
+        self.states = [c.after_step(state, self._trace.layers, entries, optimizer) for c, state in zip(self.controllers, self.states, strict=True)]
 
     def close(self) -> None:
         """Stop watching and acting."""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
 
 from rarefy.core.records import Access, Context, Delta, Entries, Entry, Key, Paper, Progress, Pruned, Routing, Scores, Units
 
@@ -241,8 +242,10 @@ class Controller(Role):
     """What steers routed layers from step to step: besides the optimizer the only writer of their tensors, and of its own running state.
 
     `layers` are a model's routed layers by path, `entries` what they routed in training. The state is a dict of plain values (numbers,
-    strings, lists, dicts) over all layers; `rarefy.core.control.Control` keeps it.
+    strings, lists, dicts) over all layers; `rarefy.core.control.Control` keeps it. `needs_rows`: entries come with their rows x.
     """
+
+    needs_rows: ClassVar[bool] = False
 
     def start(self, layers: Mapping[str, Any]) -> dict[str, Any]:
         """The state before the first step; may write the layers' tensors in place."""
@@ -253,8 +256,8 @@ class Controller(Role):
         return 0.0
 
     @abstractmethod
-    def after_step(self, state: dict[str, Any], layers: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, Any]:
-        """The state after an optimizer step, `entries` being all since the one before; may write the layers' tensors in place."""
+    def after_step(self, state: dict[str, Any], layers: Mapping[str, Any], entries: Sequence[Entry], optimizer: Optimizer) -> dict[str, Any]:
+        """The state after a step, `entries` being all since the one before; may write in place the layers' tensors, and what the optimizer keeps of them."""
 
 
 class Bank(nn.Module):

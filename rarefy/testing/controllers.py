@@ -102,4 +102,4 @@ def a_step_without_rows_is_fine(part: Controller) -> None:
     layers = {"layer": _layer(part).requires_grad_(False)}
     state = part.start(layers)
     assert float(part.loss(state, [])) == 0.0, f"{part!r} adds a loss for no rows"
-    assert isinstance(part.after_step(state, layers, []), dict), f"{part!r} needs entries"
+    assert isinstance(part.after_step(state, layers, [], torch.optim.SGD([torch.zeros(1)], lr=0.1)), dict), f"{part!r} needs entries"

@@ -114,8 +114,8 @@ def test_penalty_twin() -> None:
 class Unsteered(SteeredSparsity):
     """The strength stays what it was."""
 
-    def after_step(self, state: dict[str, Any], layers: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, Any]:
-        return {**super().after_step(state, layers, entries), "strength": state["strength"]}
+    def after_step(self, state: dict[str, Any], layers: Mapping[str, Any], entries: Sequence[Entry], optimizer: Any) -> dict[str, Any]:
+        return {**super().after_step(state, layers, entries, optimizer), "strength": state["strength"]}
 
 
 @cache

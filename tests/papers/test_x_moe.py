@@ -161,7 +161,7 @@ def lengths_hold(choice: type[Choice]) -> None:
 
 
 class OnceAtTheStart(KeepLengths):
-    def after_step(self, state: dict[str, Any], layers: Any, entries: Any) -> dict[str, Any]:
+    def after_step(self, state: dict[str, Any], layers: Any, entries: Any, optimizer: Any) -> dict[str, Any]:
         return state
 
 

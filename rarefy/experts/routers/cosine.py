@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Entry, Paper, Routing, Scores
@@ -79,7 +80,7 @@ class KeepLengths(Controller):
             layer.affinity.rescale(self.length)
         return {}
 
-    def after_step(self, state: dict[str, Any], layers: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, Any]:
+    def after_step(self, state: dict[str, Any], layers: Mapping[str, Any], entries: Sequence[Entry], optimizer: Optimizer) -> dict[str, Any]:
         return self.start(layers)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Entry, Paper, Routing, Scores
@@ -51,7 +52,7 @@ class SteeredSparsity(Controller):
         load = routing.experts / (self.target * rows) * routing.counts()
         return (load * dense(routing).sum(0)).sum() / rows
 
-    def after_step(self, state: dict[str, Any], layers: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, Any]:
+    def after_step(self, state: dict[str, Any], layers: Mapping[str, Any], entries: Sequence[Entry], optimizer: Optimizer) -> dict[str, Any]:
         pairs = sum(int(valid_rows(entry).sum()) * entry.routing.experts for entry in entries)
         if not pairs:
             return state
