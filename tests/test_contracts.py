@@ -14,14 +14,31 @@ import rarefy.testing as contracts
 from rarefy.core import discover
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Units
-from rarefy.core.roles import Affinity, Allocation, Balance, Choice, Criterion, Overflow, Pattern, Policy, Rewiring, Role, Schedule, Solver, Statistic, Trigger, View
+from rarefy.core.roles import (
+    Affinity,
+    Allocation,
+    Balance,
+    Bank,
+    Choice,
+    Criterion,
+    Overflow,
+    Pattern,
+    Policy,
+    Rewiring,
+    Role,
+    Schedule,
+    Solver,
+    Statistic,
+    Trigger,
+    View,
+)
 from rarefy.testing import figures
 from rarefy.testing.allocations import asked
 from rarefy.testing.contract import _contracts
 from rarefy.testing.solvers import excess, solve
 from rarefy.weights.patterns import parse_pattern
 
-MODULES = (View, Affinity)  # roles whose parts are modules without a name
+MODULES = (View, Affinity, Bank)  # roles whose parts are modules without a name
 ROLES = [role for role in _contracts if role not in (Role, *MODULES)]
 PARTS = [pytest.param(part, id=f"{role.__name__}-{name}") for role in ROLES for name, part in discover.methods(role).items()]
 FOUND = {role: [v for m in discover.modules() for v in vars(m).values() if inspect.isclass(v) and issubclass(v, role) and v.__module__ == m.__name__] for role in MODULES}

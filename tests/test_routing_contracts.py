@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import rarefy.testing as contracts
 from rarefy.core.discover import methods
 from rarefy.core.records import Context, Entry, Routing, Scores
-from rarefy.core.roles import Affinity, Balance, Choice, Overflow
+from rarefy.core.roles import Affinity, Balance, Bank, Choice, Overflow
 from rarefy.experts.balance.switch_balance import LoadBalance
 from rarefy.experts.banks.glu import GLU
 from rarefy.experts.moe import MoE
@@ -119,7 +119,18 @@ class Anticausal(Switch):
     """Honest routing under a flag that says otherwise."""
 
     name = "anticausal"
-    causal: ClassVar[bool] = False
+
+    def causal(self, training: bool) -> bool:
+        return False
+
+
+class CausalInTrainingAlone(Switch):
+    """Says that it looks ahead outside training, where it does not."""
+
+    name = "causal-in-training-alone"
+
+    def causal(self, training: bool) -> bool:
+        return training
 
 
 @dataclass(frozen=True)
@@ -148,7 +159,8 @@ BROKEN_CHOICES: list[tuple[Choice, str, str]] = [
     (Chooses(forgets_the_living), "dead_experts_get_nothing", "nothing to the live experts"),
     (Renormalised(), "the_router_learns_through_the_weights", "no gradient from the task"),
     (Chooses(first_rows_of_each), "its_causal_flag_is_true", "later rows change the routing"),
-    (Anticausal(), "its_causal_flag_is_true", "causal = False, and later rows never change"),
+    (Anticausal(), "its_causal_flag_is_true", "causal = False in training, and later rows never change"),
+    (CausalInTrainingAlone(), "its_causal_flag_is_true", "causal = False outside training, and later rows never change"),
     (Scales(), "its_causal_flag_is_true", "later rows change the routing"),
 ]
 
@@ -201,6 +213,39 @@ BROKEN_AFFINITIES: list[tuple[Affinity, str, str]] = [
     (AlwaysNoisy(), "evaluation_has_no_noise", "twice differently"),
     (Idle(), "every_parameter_learns", "no gradient for scale"),
     (Hides(), "copies_score_alike", "does not survive"),
+]
+
+
+class GathersTheNext(GLU):
+    def each(self, x: Tensor, expert: Tensor) -> Tensor:
+        return super().each(x, (expert + 1) % self.experts)
+
+
+class MixesRows(GLU):
+    def split(self) -> Any:
+        return [lambda x, f=f: f(x - x.sum(0)) for f in super().split()]
+
+
+class OneForAll(GLU):
+    def split(self) -> Any:
+        return [super().split()[0]] * self.experts
+
+
+class Drifts(GLU):
+    """What it computes changes with every call, and is in no state dict."""
+
+    calls = 0
+
+    def split(self) -> Any:
+        self.calls += 1
+        return [lambda x, f=f, c=self.calls: f(x) * c for f in super().split()]
+
+
+BROKEN_BANKS: list[tuple[Bank, str, str]] = [
+    (GathersTheNext(4, 8, 6), "every_back_end_is_the_loop", "by gather"),
+    (MixesRows(4, 8, 6), "a_row_is_served_alone", "mixes rows"),
+    (OneForAll(4, 8, 6), "experts_are_their_own", "the same function"),
+    (Drifts(4, 8, 6), "copies_compute_alike", "does not survive"),
 ]
 
 
@@ -336,7 +381,7 @@ BROKEN_BALANCES: list[tuple[Balance, str, str]] = [
     (Balances(nan_for_nobody), "no_rows_cost_nothing", "gives nan"),
 ]
 
-BROKEN: list[tuple[Any, str, str]] = [*BROKEN_CHOICES, *BROKEN_AFFINITIES, *BROKEN_OVERFLOWS, *BROKEN_BALANCES]
+BROKEN: list[tuple[Any, str, str]] = [*BROKEN_CHOICES, *BROKEN_AFFINITIES, *BROKEN_BANKS, *BROKEN_OVERFLOWS, *BROKEN_BALANCES]
 
 
 @pytest.mark.parametrize(("part", "check", "message"), BROKEN, ids=[f"{i}-{type(p).__name__}-{c}" for i, (p, c, _) in enumerate(BROKEN)])
@@ -348,7 +393,7 @@ def test_a_broken_part_is_caught_by_the_check_that_looks_for_it(part: Any, check
 
 def test_every_check_has_a_part_that_it_catches() -> None:
     toys = {check for _, check, _ in BROKEN}
-    for role in (Choice, Affinity, Overflow, Balance):
+    for role in (Choice, Affinity, Bank, Overflow, Balance):
         assert {f.__name__ for f in contracts_of(role)} <= toys, role
 
 
@@ -370,16 +415,20 @@ def test_a_part_that_states_neither_bound_nor_value_is_told(monkeypatch: pytest.
 def test_every_router_is_one_graph_when_compiled(name: str) -> None:
     choice = methods(Choice)[name]()
     torch.manual_seed(0)
-    moe = MoE(Linear(8, 4), choice, GLU(4, 8, 6), choice.overflow)
+    moe = MoE((choice.affinity or Linear)(8, 4), choice, (choice.bank or GLU)(4, 8, 6), choice.overflow, shared=choice.shared(8, 6))
     x, context = torch.randn(9, 8), Context(valid=torch.arange(9) != 4, live=torch.tensor([True, True, True, False]))
     torch._dynamo.reset()
-    got: Tensor = torch.compile(moe, backend="eager", fullgraph=True)(x, context)
-    torch.testing.assert_close(got, moe(x, context))
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        got: Tensor = torch.compile(moe, backend="eager", fullgraph=True)(x, context)
+        torch.manual_seed(1)
+        torch.testing.assert_close(got, moe(x, context))
     assert not bool(got[4].any())
 
 
 def test_what_a_choice_is_trained_with_is_of_its_roles() -> None:
-    for kind in methods(Choice).values():
+    for kind in (part() for part in methods(Choice).values()):
         assert all(isinstance(balance, Balance) for balance in kind.balances)
         assert kind.overflow is None or isinstance(kind.overflow, Overflow)
         assert kind.affinity is None or isinstance(kind.affinity(8, 4), Affinity)
+        assert kind.bank is None or isinstance(kind.bank(4, 8, 6), Bank)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
 
 from rarefy.core.records import Access, Context, Delta, Entries, Entry, Key, Paper, Progress, Pruned, Routing, Scores, Units
 
@@ -178,19 +179,37 @@ class Affinity(nn.Module):
         return (cls(8, 4),)
 
 
+class MakesAffinity(Protocol):
+    def __call__(self, width: int, experts: int, /) -> Affinity: ...
+
+
+class MakesBank(Protocol):
+    def __call__(self, experts: int, width: int, inner: int, /) -> Bank: ...
+
+
 class Choice(Role):
     """(Scores, Context) -> Routing | Slots | Mix. Frozen; owns selection and weighing; `causal` is declared and tested.
 
-    `affinity` (None: the linear router), `balances` and `overflow` are what its paper trains it with; a layer may take others.
+    `affinity` (None: the linear router), `bank` (None: gated experts), `balances`, `overflow` and `controllers` are what its paper
+    trains it with; a layer may take others.
     """
 
-    causal: ClassVar[bool] = True
-    affinity: ClassVar[type[Affinity] | None] = None  # made of (width, experts)
+    affinity: ClassVar[MakesAffinity | None] = None
+    bank: ClassVar[MakesBank | None] = None
     balances: ClassVar[tuple[Balance, ...]] = ()
     overflow: ClassVar[Overflow | None] = None
+    controllers: ClassVar[tuple[Controller, ...]] = ()
 
     @abstractmethod
     def __call__(self, scores: Scores, context: Context) -> Routing: ...
+
+    def shared(self, width: int, inner: int) -> nn.Module | None:
+        """What serves every row beside the chosen experts, x [R, H] -> [R, H]; most choices have nothing."""
+        return None
+
+    def causal(self, training: bool) -> bool:
+        """Whether a row's routing never depends on the rows after it, in training or outside it."""
+        return True
 
     def invariants(self, routing: Routing, scores: Scores, context: Context) -> dict[str, bool]:
         """{what holds of every routing that it makes: whether it does}; the contract suite asks over many scores."""
@@ -219,10 +238,44 @@ class Balance(Role):
         raise NotImplementedError
 
 
+class Controller(Role):
+    """What steers routed layers from step to step: besides the optimizer the only writer of their tensors, and of its own running state.
+
+    `layers` are a model's routed layers by path, `entries` what they routed in training. The state is a dict of plain values (numbers,
+    strings, lists, dicts) over all layers; `rarefy.core.control.Control` keeps it. `needs_rows`: entries come with their rows x.
+    """
+
+    needs_rows: ClassVar[bool] = False
+
+    def start(self, layers: Mapping[str, Any]) -> dict[str, Any]:
+        """The state before the first step; may write the layers' tensors in place."""
+        return {}
+
+    def loss(self, state: dict[str, Any], entries: Sequence[Entry]) -> Tensor | float:
+        """What it adds to the loss of one forward; most add nothing."""
+        return 0.0
+
+    @abstractmethod
+    def after_step(self, state: dict[str, Any], layers: Mapping[str, Any], entries: Sequence[Entry], optimizer: Optimizer) -> dict[str, Any]:
+        """The state after a step, `entries` being all since the one before; may write in place the layers' tensors, and what the optimizer keeps of them."""
+
+
 class Bank(nn.Module):
-    """Rows -> [N, d_out]; an empty batch and an empty expert are fine."""
+    """Functions [n, H] -> [n, H], one per expert, and one that takes a row's expert along; `grouped` may run all in one op. `examples` take rows of 8."""
 
     experts: int
+
+    @classmethod
+    def examples(cls) -> tuple[Any, ...]:
+        return (cls(4, 8, 6),)
+
+    def split(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        """One function [n, H] -> [n, H] per expert; n = 0 is fine."""
+        raise NotImplementedError
+
+    def each(self, x: Tensor, expert: Tensor) -> Tensor:
+        """Row n [H] through expert[n]."""
+        raise NotImplementedError
 
 
 class Gate(nn.Module, Role):
@@ -352,3 +405,7 @@ class Task(Role):
 
     @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]: ...
+
+    def controllers(self, model: nn.Module) -> tuple[Controller, ...]:
+        """What acts on the model's routed layers after every step."""
+        return ()

@@ -109,6 +109,17 @@ class Trace:
             calls[collector.path] += 1
         return found
 
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """{path: layer} of what an open trace watches."""
+        return {collector.path: collector.layer for _, collector in self._placed}
+
+    def take(self) -> list[Entry]:
+        """The entries so far, which the trace then forgets: what a trace that stays open lets go of after each step."""
+        found = self.entries
+        self._chain.latest = _Link(None, None)
+        return found
+
     def __enter__(self) -> Trace:
         modules = dict(self.model.named_modules())
         taps = [(name.rpartition(".")[0], module) for name, module in modules.items() if isinstance(module, Tap)]

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from rarefy.core.ambient import Seat, aligned
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Routing, Scores
-from rarefy.core.roles import Affinity
+from rarefy.core.roles import Affinity, Bank
 from rarefy.core.trace import Tap
-from rarefy.experts.banks.glu import GLU
 from rarefy.experts.dispatch import Backend, dispatch
+from rarefy.experts.routing import unpadded_rows
 
 
 class MoE(nn.Module):
-    """Route rows to experts: affinity, choice, overflow, tap, dispatch.
+    """Route rows to experts: affinity, choice, overflow, tap, dispatch; and add what `shared` gives every row that is not padding.
 
     x [..., d] -> [..., d]. The layer stores nothing: open a `Trace` around the forward for losses and counts. Without a
     `context` it takes the one of its model's `Ambient`; a `routing` in the context replaces the router's.
@@ -30,13 +30,14 @@ class MoE(nn.Module):
         self,
         affinity: Affinity,
         choice: Callable[[Scores, Context], Routing],
-        bank: GLU,
+        bank: Bank,
         overflow: Callable[[Routing, Context], Routing] | None = None,
         backend: Backend | None = None,
+        shared: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.affinity, self.bank, self.seat, self.tap = affinity, bank, Seat(), Tap()
-        self.choice, self.overflow, self.backend = choice, overflow, backend
+        self.choice, self.overflow, self.backend, self.shared = choice, overflow, backend, shared
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -46,6 +47,8 @@ class MoE(nn.Module):
             routing = self.overflow(routing, context)
         routing = self.tap(routing, context, rows)
         y = dispatch(rows, routing, self.bank, context, self.backend)
+        if self.shared is not None:
+            y = y + unpadded_rows(self.shared(rows), context.valid)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def _route(self, rows: Tensor, context: Context) -> Routing:

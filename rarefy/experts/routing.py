@@ -34,6 +34,15 @@ def unpadded(routing: Routing, valid: Tensor | None) -> Routing:
     return replace(routing, expert=routing.expert.where(real, routing.experts), weight=routing.weight.masked_fill(~real, 0.0))
 
 
+def unpadded_rows(y: Tensor, valid: Tensor | None) -> Tensor:
+    """Rows y [R, d] with those of padding (`valid` [R] False) zero.
+
+    >>> unpadded_rows(torch.ones(2, 1), torch.tensor([True, False])).tolist()
+    [[1.0], [0.0]]
+    """
+    return y if valid is None else y.masked_fill(~valid.reshape(-1, 1), 0.0)
+
+
 def dense(routing: Routing) -> Tensor:
     """The combine weights as a matrix [R, E]; several assignments of one row to one expert add up.
 
@@ -74,6 +83,18 @@ def row_major(scores: Scores, context: Context, expert: Tensor, weight: Tensor) 
         expert = expert.where(context.valid.reshape(-1, 1), experts)
     weight = weight.masked_fill(expert == experts, 0.0)
     return Routing(expert.flatten(), weight.flatten(), items, experts, k, scores=scores)
+
+
+def positive(scores: Scores, context: Context) -> Routing:
+    """Every expert that scores above zero, at its score: R*E assignments, the others' to nobody.
+
+    >>> r = positive(Scores(torch.tensor([[0.5, -1.0], [0.0, 2.0]])), Context())
+    >>> r.expert.tolist(), r.weight.tolist()
+    ([0, 2, 2, 1], [0.5, 0.0, 0.0, 2.0])
+    """
+    weight, experts = scores.logits.float(), scores.logits.shape[1]
+    each = torch.arange(experts, device=weight.device).expand_as(weight)
+    return row_major(scores, context, each.where(weight > 0, experts), weight)
 
 
 def ranked(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:

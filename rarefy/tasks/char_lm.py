@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from rarefy.core.discover import part
 from rarefy.core.records import Context
-from rarefy.core.roles import Choice, Task
+from rarefy.core.roles import Choice, Controller, Task
 from rarefy.core.trace import Trace
+from rarefy.experts.auxiliary import auxiliary
 from rarefy.experts.banks.glu import GLU
 from rarefy.experts.moe import MoE
 from rarefy.experts.routers.linear import Linear
@@ -36,15 +37,16 @@ def _text() -> Tensor:
 class RoutedCharacters(nn.Module):
     """Embed 12 characters, mix them, one routed layer with a residual, read out 128 logits: [R, 12] -> [R, 128].
 
-    `choice` routes, with the affinity, the overflow rule and the balance losses that its paper trains it with.
+    `choice` routes, with the affinity, the bank, the shared experts, the overflow rule, the balance losses and the controllers that its paper trains it with.
     """
 
-    def __init__(self, width: int, experts: int, choice: Choice) -> None:
+    def __init__(self, width: int, experts: int, inner: int, choice: Choice) -> None:
         super().__init__()
         self.embed, self.mix, self.read = nn.Embedding(_ASCII, 16), nn.Linear(16 * _SPAN, width), nn.Linear(width, _ASCII)
         affinity = (choice.affinity or Linear)(width, experts)
-        self.norm, self.moe = nn.LayerNorm(width), MoE(affinity, choice, GLU(experts, width, width), choice.overflow)
-        self.balances = choice.balances
+        bank, shared = (choice.bank or GLU)(experts, width, inner), choice.shared(width, inner)
+        self.norm, self.moe = nn.LayerNorm(width), MoE(affinity, choice, bank, choice.overflow, shared=shared)
+        self.balances, self.controllers = choice.balances, choice.controllers
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.mix(self.embed(x).flatten(1))
@@ -56,7 +58,7 @@ class RoutedCharacters(nn.Module):
 class CharLM(Task):
     """Predict the next ASCII character of Python's help texts; the loss includes the router's balance losses.
 
-    `router` names any Choice, with its hyper-parameters: `topk`, `top-p:p=0.5`. The text depends on the Python version, so compare numbers within one version only.
+    `router` names any Choice, with its hyper-parameters: `topk`, `top-p:p=0.5`; `inner` is the width within an expert (None: `width`). The text depends on the Python version, so compare numbers within one version only.
 
     >>> x, y = CharLM(rows=4).batch(0, 7); tuple(x.shape), tuple(y.shape)
     ((4, 12), (4,))
@@ -64,21 +66,23 @@ class CharLM(Task):
 
     width: int = 64
     experts: int = 4
+    inner: int | None = None
     rows: int = 128
     router: str = Switch.name
     name = "char_lm"
 
     def model(self, seed: int, **options: Any) -> nn.Module:
-        """One routed layer; the caller's random state is left as it was. Options: width, experts, router.
+        """One routed layer; the caller's random state is left as it was. Options: width, experts, inner, router.
 
         Raises:
             BadInput: no such router (the sentence lists what there is), or one that refuses its hyper-parameters.
         """
         width, experts = (int(options.get(name, getattr(self, name))) for name in ("width", "experts"))
+        inner = options.get("inner", self.inner)
         choice = part(Choice, options.get("router", self.router))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return RoutedCharacters(width, experts, choice)
+            return RoutedCharacters(width, experts, width if inner is None else int(inner), choice)
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
         """x [rows, 12] and the character that follows, y [rows], from the training part."""
@@ -88,9 +92,11 @@ class CharLM(Task):
     def loss(self, model: Any, batch: Any) -> Tensor:
         with Trace(model) as trace:
             loss = F.cross_entropy(model(batch[0]), batch[1])
-        for balance in model.balances:
-            loss = loss + torch.stack([balance(entry) for entry in trace.entries]).sum()
-        return loss
+        return loss + auxiliary(trace.entries, model.balances)
+
+    def controllers(self, model: Any) -> tuple[Controller, ...]:
+        found: tuple[Controller, ...] = model.controllers
+        return found
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:

@@ -11,7 +11,7 @@ import inspect
 import pkgutil
 from typing import Any
 
-from rarefy.core.roles import Affinity, Role, View
+from rarefy.core.roles import Affinity, Bank, Role, View
 from rarefy.testing.contract import Contract, contract, contracts_of, run
 
 __all__ = ["Contract", "check", "contract", "contracts_of", "has_contract"]
@@ -36,6 +36,6 @@ def check(part: Any) -> int:
     >>> check(Magnitude) > 0
     True
     """
-    parts: tuple[Any, ...] = part.examples() if inspect.isclass(part) and issubclass(part, (Affinity, Role, View)) else (part,)
+    parts: tuple[Any, ...] = part.examples() if inspect.isclass(part) and issubclass(part, (Affinity, Bank, Role, View)) else (part,)
     ran: int = sum(run(each) for each in parts)
     return ran

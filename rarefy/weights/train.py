@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rarefy.core.attach import exported
+from rarefy.core.control import Control
 from rarefy.core.errors import BadFile, BadInput, Refused
 from rarefy.core.files import write_atomic
 from rarefy.core.records import TrainRecipe
@@ -73,6 +74,7 @@ def train(
         sparsifier = Sparsifier(model, phases, total=steps, seed=seed)
         opt = optimizer(model.parameters())
         sparsifier.attach(opt)
+        control = Control(model, opt, task.controllers(model))
         run = {
             "task": repr(task),
             "recipe": recipe.name,
@@ -86,15 +88,16 @@ def train(
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             if resume and (folder / _CHECKPOINT).exists():
-                _load(folder / _CHECKPOINT, run, model, sparsifier, opt)
+                _load(folder / _CHECKPOINT, run, model, sparsifier, opt, control)
         for step in range(sparsifier.progress.step, steps):
             opt.zero_grad()
-            sparsifier.loss(task.loss(model, task.batch(seed, step))).backward()
+            control.loss(sparsifier.loss(task.loss(model, task.batch(seed, step)))).backward()
             opt.step()
             if folder is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
-                _save(folder / _CHECKPOINT, run, model, sparsifier, opt)
+                _save(folder / _CHECKPOINT, run, model, sparsifier, opt, control)
             if progress is not None:
                 progress(step + 1, steps)
+        control.close()
         with exported(model):
             record = _record(task, run, model, sparsifier)
             if folder is not None:
@@ -116,7 +119,7 @@ def _record(task: Task, run: dict[str, Any], model: nn.Module, sparsifier: Spars
     return {**head, "metric": task.evaluate(model), "steps": run["steps"], "seed": run["seed"], "sites": sites}
 
 
-def _save(path: Path, run: dict[str, Any], model: nn.Module, sparsifier: Sparsifier, optimizer: Optimizer) -> None:
+def _save(path: Path, run: dict[str, Any], model: nn.Module, sparsifier: Sparsifier, optimizer: Optimizer, control: Control) -> None:
     """Tensors as tensors, everything else as JSON in the same file's metadata: one file, one moment."""
     state, moments = sparsifier.state_dict(), optimizer.state_dict()
     tensors: dict[str, Tensor] = {f"model/{k}": v for k, v in model.state_dict().items()}
@@ -130,12 +133,12 @@ def _save(path: Path, run: dict[str, Any], model: nn.Module, sparsifier: Sparsif
                 tensors[f"optimizer/{index}/{name}"] = value
             else:
                 plain.setdefault(str(index), {})[name] = value
-    scalars = {"run": run, "sparsifier": state, "groups": moments["param_groups"], "plain": plain}
+    scalars = {"run": run, "sparsifier": state, "groups": moments["param_groups"], "plain": plain, "control": control.state_dict()}
     copies = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
     write_atomic(path, save(copies, metadata={"rarefy": json.dumps(scalars)}))
 
 
-def _load(path: Path, run: dict[str, Any], model: nn.Module, sparsifier: Sparsifier, optimizer: Optimizer) -> None:
+def _load(path: Path, run: dict[str, Any], model: nn.Module, sparsifier: Sparsifier, optimizer: Optimizer, control: Control) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             scalars = json.loads((file.metadata() or {})["rarefy"])
@@ -152,4 +155,6 @@ def _load(path: Path, run: dict[str, Any], model: nn.Module, sparsifier: Sparsif
         index, name = key.split("/", 1)
         moments.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": moments, "param_groups": scalars["groups"]})
+    if "control" in scalars:
+        control.load_state_dict(scalars["control"])
     torch.set_rng_state(tensors["torch_generator"])

@@ -1,0 +1,1 @@
+"""solvers: what a router maximises over all rows at once."""
