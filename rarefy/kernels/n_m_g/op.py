@@ -1,4 +1,4 @@
-"""The operation that layers call. There is no native kernel yet: the matrix is unpacked and multiplied by torch."""
+"""The operation that layers call. There is no native kernel yet: the matrix is unpacked for every product."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rarefy.core.errors import BadFile
+from rarefy.kernels.dense import DenseMatrix
+from rarefy.kernels.library import suits
 from rarefy.kernels.n_m_g import reference
 
 
@@ -27,6 +29,9 @@ class NofMofGMatrix:
 
     def __init__(self, values: Tensor, index: Tensor, n: int, m: int, g: int, shape: tuple[int, int]) -> None:
         self.values, self.index, self.n, self.m, self.g, self.shape = values, index, n, m, g, shape
+        self.rows, self.columns = shape
+        self.fast = suits(values)
+        self._unpacked: DenseMatrix | None = None
         size = math.comb(m, n) * g
         wanted = (-(-shape[0] // size), -(-shape[1] // m), size)
         if values.shape != (*wanted, n) or index.shape != wanted:
@@ -39,3 +44,11 @@ class NofMofGMatrix:
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``y = x W^T + b``: x [..., I] -> y [..., O]."""
         return F.linear(x, self.dense().to(x.dtype), bias)
+
+    kind = "dense"
+
+    def arguments(self) -> tuple[int, ...]:
+        """What the native side takes it by until it has a kernel: the unpacked matrix, which is kept from then on."""
+        if self._unpacked is None:
+            self._unpacked = DenseMatrix(self.dense())
+        return self._unpacked.arguments()

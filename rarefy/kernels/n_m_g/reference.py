@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-@cache
 def patterns(n: int, m: int) -> tuple[tuple[int, ...], ...]:
     """The C(m, n) ways to keep n of m, in revolving-door order: each differs from the one before in one position.
 
