@@ -207,7 +207,8 @@ class _Invocation:
         if found is not None:
             args, kwargs = self.arguments([convert(x, All(), want) for x, want in zip(tensors, found[1], strict=True)])
             return list(found[0](*gradients, *args, **kwargs))
-        missing(key, self.policy)
+        if set(key.layouts) != {DENSE}:
+            missing(key, self.policy)
         with torch.enable_grad():
             dense = [convert(x.detach(), All(), DENSE).detach().requires_grad_(need) for x, need in zip(tensors, needed, strict=True)]
             made = self.densely(dense)
