@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 import rarefy.layouts as _layouts
 from rarefy.core.discover import pick
 from rarefy.core.errors import BadInput
+from rarefy.core.records import Paper
 from rarefy.core.roles import Selection
-from rarefy.layouts.registry import DENSE
+from rarefy.layouts.registry import DENSE, STEN
 from rarefy.layouts.selections import MATERIALISING, All, Same
 from rarefy.layouts.tensor import convert, run
 
@@ -29,6 +30,8 @@ class Format:
     >>> Format(external=Largest(0.5), layout="csr").of(torch.tensor([[1.0, -3.0]])).tolist()
     [[0.0, -3.0]]
     """
+
+    paper: ClassVar[Paper] = STEN
 
     inline: Selection = field(default_factory=All)
     temporary: str = DENSE

@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rarefy.core.errors import BadFile, BadInput
-from rarefy.core.records import Paper
 from rarefy.core.roles import Layout
 from rarefy.kernels.n_m_g import NofMofGMatrix
 from rarefy.kernels.n_m_g.assign import assign, kept, tally
 from rarefy.kernels.n_m_g.reference import patterns
+from rarefy.layouts.registry import STEN
 from rarefy.layouts.sections import aligned, join, split, up
 
-STEN = Paper("sten", "STen: Productive and Efficient Sparsity in PyTorch", "arXiv 2304.07613; structure and API as in github.com/spcl/sten")
 MOST = 2**16  # rows of a group
 
 Form = tuple[int, int, int]  # n, m, g

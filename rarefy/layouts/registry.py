@@ -11,18 +11,37 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
 import rarefy.layouts as _layouts
 from rarefy.core.errors import BadInput, Refused
+from rarefy.core.records import Paper
 from rarefy.core.roles import Layout, Selection
 from rarefy.layouts.selections import All
 
 DENSE = "dense"  # a plain tensor
 ANY = "*"  # any layout, a plain tensor aside
 ACTIONS = ("warn", "raise", "silent")
+
+STEN = Paper(
+    "sten",
+    "STen: Productive and Efficient Sparsity in PyTorch",
+    "arXiv 2304.07613; structure, API and the grouped layout as in github.com/spcl/sten",
+    (
+        "a weight in training stays a dense parameter, zero outside its mask, and is laid down in every forward, where the code's parameter is the stored one "
+        "and its in-place updates go through a dense tensor: keys, optimizers, AMP and copies are those of the plain model, at the price of its memory",
+        "gradients are selected and laid down in their format and handed on densely, because autograd sums dense tensors",
+        "the gradient of an output lets through, by default, what the forward kept, which is the derivative; the code lets everything through",
+        "an output is named by its module and the operator is the module's class, where the code names nodes of a torch.fx trace",
+        "an operator without a registered derivative is computed again densely for it; what writes in place to a stored tensor is refused; compiled code lays nothing down",
+        "n:m:g is grouped over outputs and chunked over inputs; the row of every slot is stored, in one byte up to 256 rows and two above, where the code takes int16; "
+        "the code's CPU sparsifier is greedy only, its CUDA one swaps; ours does both, in a fixed order",
+        "kept magnitude does not fall along multiples of g, because what obeys g obeys them too; rows are free inside a group here as in the code",
+        "there is no native n:m:g kernel here, so the paper's speed is not reproduced",
+    ),
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 L = TypeVar("L", bound=type[Layout])
@@ -45,6 +64,8 @@ class Key:
     keep: type[Selection] = All
     into: str = DENSE
     gradient: bool = False
+
+    paper: ClassVar[Paper] = STEN
 
 
 _operators: dict[Key, Callable[..., Any]] = {}

@@ -14,7 +14,7 @@ import rarefy.layouts as _layouts
 from rarefy.core.discover import pick
 from rarefy.core.errors import Refused
 from rarefy.core.roles import Matrix, Selection
-from rarefy.layouts.registry import DENSE, Key, canonical, find, missing, name_of, policy, selector
+from rarefy.layouts.registry import DENSE, STEN, Key, canonical, find, missing, name_of, policy, selector
 from rarefy.layouts.selections import All
 
 Call = Callable[..., Any]
@@ -50,6 +50,7 @@ class LayoutTensor(Tensor):
     [[2.0, 0.0]]
     """
 
+    paper = STEN
     laid: str
     packed: Tensor
     _matrix: Matrix | None

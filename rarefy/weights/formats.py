@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from rarefy.core.attach import OUTPUT, attach_gate, attach_view, plain_type, viewed
 from rarefy.core.errors import BadInput, Refused
-from rarefy.core.records import Progress
+from rarefy.core.records import Paper, Progress
 from rarefy.core.roles import Gate, Selection
 from rarefy.layouts.formats import Format
-from rarefy.layouts.registry import DENSE
+from rarefy.layouts.registry import DENSE, STEN
 from rarefy.layouts.selections import All, Same
 from rarefy.weights.views.laid import Laid
 
@@ -30,6 +30,8 @@ class WeightFormat:
         after_step: what stays after each step of the optimizer; `Same()` keeps the pattern.
         gradient: the format of its gradient; None leaves it dense.
     """
+
+    paper: ClassVar[Paper] = STEN
 
     initial: Selection = field(default_factory=All)
     layout: str = DENSE

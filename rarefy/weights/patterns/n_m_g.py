@@ -13,7 +13,7 @@ from torch import Tensor
 from rarefy.core.errors import BadInput
 from rarefy.core.roles import Pattern
 from rarefy.kernels.n_m_g.assign import assign, holds, kept
-from rarefy.layouts.n_m_g import STEN
+from rarefy.layouts.registry import STEN
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class NMG(Pattern):
     pairs, then by swaps of two rows while one gains. In a last group that is not full a pattern occurs at most g times.
     n/m of the matrix stays whatever the count asks for. Under a bound a row keeps what is allowed of its pattern.
 
-    A larger g is the weaker demand: what obeys g obeys every multiple of it.
+    A larger g is the weaker demand: what obeys g obeys every multiple of it, so the best kept sum does not fall along
+    multiples of g, and nears that of n:m.
 
     Raises:
         BadInput: not 0 < n <= m <= 8, g below 1, an input axis that m does not divide, or NaN scores.

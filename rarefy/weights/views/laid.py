@@ -11,7 +11,7 @@ from torch import Tensor
 from rarefy.core.records import Progress, Pruned
 from rarefy.core.roles import Selection, View
 from rarefy.layouts.formats import Format
-from rarefy.layouts.registry import DENSE
+from rarefy.layouts.registry import DENSE, STEN
 from rarefy.layouts.selections import Same
 from rarefy.layouts.tensor import convert
 
@@ -31,6 +31,7 @@ class Laid(View):
     ([[2.0, 0.0]], LayoutTensor(csr, shape=(1, 2), dtype=torch.float32))
     """
 
+    paper = STEN
     mask: Tensor
 
     @classmethod
