@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from rarefy.core.errors import BadFile, BadInput
 from rarefy.core.roles import Layout
 from rarefy.kernels.n_m_g import NofMofGMatrix
-from rarefy.kernels.n_m_g.assign import assign, kept, tally
+from rarefy.kernels.n_m_g.assign import assign, kept, kinds, tally
 from rarefy.kernels.n_m_g.reference import patterns
 from rarefy.layouts.registry import STEN
 from rarefy.layouts.sections import aligned, join, split, up
@@ -25,7 +25,7 @@ Form = tuple[int, int, int]  # n, m, g
 
 @dataclass(frozen=True)
 class NofMofG(Layout):
-    """The n:m:g with m in `groups` and g in `repeats` that holds the matrix in the fewest bytes; n = m holds any.
+    """The n:m:g with m in `groups` that holds the matrix in the fewest bytes, with the first g in `repeats` that does; n = m holds any.
 
     Sections: n, m and g (two bytes, one byte each for n and m, two for g); the row of each slot inside its group of
     R = C(m, n) g rows, [G, K, R], a byte where R <= 256 and two elsewhere; values [G, K, R, n]. Slots lie by pattern, in
@@ -68,22 +68,25 @@ class NofMofG(Layout):
     def _found(self, w: Tensor) -> tuple[Form, Tensor]:
         """The form of the fewest bytes that holds the matrix, and each row's pattern in each chunk."""
         shape = (w.shape[0], w.shape[1])
-        for form in sorted(self._forms(w), key=lambda form: _bytes(shape, form, w.dtype)):
-            n, m, g = form
-            present = _chunks(w, m) != 0
-            if n < m and bool((tally(present, n, g) > g).any()):
-                continue
-            chosen = assign(present.double(), n, g)
-            if not bool((present & ~kept(present, chosen, n)).any()):
-                return form, chosen
-        raise AssertionError("n = m holds every matrix")
+        held = [found for m in self.groups for found in self._held(_chunks(w, m) != 0)]
+        return min(held, key=lambda found: _bytes(shape, found[0], w.dtype))
 
-    def _forms(self, w: Tensor) -> Iterator[Form]:
-        for m in self.groups:
-            least = max(1, int((_chunks(w, m) != 0).sum(-1).max())) if w.numel() else 1
-            for n in range(least, m):
-                yield from ((n, m, g) for g in self.repeats if math.comb(m, n) * g <= MOST)
-            yield m, m, 1
+    def _held(self, present: Tensor) -> Iterator[tuple[Form, Tensor]]:
+        """The forms that hold [O, K, m]. n < m is tried where n is the most that a chunk keeps, and half the slots would be used."""
+        m = present.shape[2]
+        counts = present.sum(-1)
+        n = max(1, int(counts.max())) if counts.numel() else 1
+        yield (m, m, 1), torch.zeros_like(counts)
+        if n == m or 2 * int(counts.sum()) < n * counts.numel():
+            return
+        found, ways = kinds(present, n), math.comb(m, n)
+        for g in self.repeats:
+            if ways * g > MOST or bool((tally(found, ways, g) > g).any()):
+                continue
+            chosen = found if bool((counts == n).all()) else assign(present.double(), n, g)
+            if not bool((present & ~kept(present, chosen, n)).any()):
+                yield (n, m, g), chosen
+                return
 
     def check(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype, name: str) -> None:
         if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() < 64:

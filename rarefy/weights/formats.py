@@ -17,6 +17,7 @@ from rarefy.core.roles import Gate, Selection
 from rarefy.layouts.formats import Format
 from rarefy.layouts.registry import DENSE, STEN
 from rarefy.layouts.selections import All, Same
+from rarefy.weights.sparsifier import axes_of
 from rarefy.weights.views.laid import Laid
 
 
@@ -91,12 +92,13 @@ def set_formats(model: nn.Module, formats: Mapping[str, WeightFormat | OutputFor
 
 def _weight(model: nn.Module, name: str, weight: Tensor, form: WeightFormat) -> Callable[[], None]:
     Format(layout=form.layout)
-    mask = form.initial.mask(weight.detach())
+    view = Laid(torch.ones_like(weight, dtype=torch.bool), form.layout, form.after_step, form.gradient, axes_of(model).get(name))
+    view.choose(weight.detach(), form.initial)
 
     @torch.no_grad()
     def put() -> None:
-        attach_view(model, name, Laid(mask, form.layout, form.after_step, form.gradient))
-        weight.masked_fill_(~mask, 0.0)
+        attach_view(model, name, view)
+        weight.masked_fill_(~view.mask, 0.0)
 
     return put
 

@@ -91,27 +91,30 @@ def kept(ratings: Tensor, chosen: Tensor, n: int) -> Tensor:
     return table[chosen]
 
 
+def kinds(mask: Tensor, n: int) -> Tensor:
+    """The pattern of every row and chunk of [O, K, m]: int64 [O, K], -1 where it keeps another number than n."""
+    m = mask.shape[2]
+    table = torch.tensor(patterns(n, m), device=mask.device)
+    weights = 2 ** torch.arange(m, device=mask.device)
+    number = torch.full((2**m,), -1, device=mask.device)
+    number[weights[table].sum(1)] = torch.arange(len(table), device=mask.device)
+    return number[(mask * weights).sum(-1)]
+
+
+def tally(kinds: Tensor, patterns: int, g: int) -> Tensor:
+    """How often each of so many patterns occurs in each group and chunk of [O, K]: int64 [G, K, C]."""
+    rows, chunks = kinds.shape
+    size = patterns * g
+    groups = -(-rows // size)
+    cell = torch.arange(rows, device=kinds.device)[:, None] // size * chunks + torch.arange(chunks, device=kinds.device)
+    return torch.bincount((cell * patterns + kinds)[kinds >= 0], minlength=groups * chunks * patterns).view(groups, chunks, patterns)
+
+
 def holds(mask: Tensor, n: int, g: int) -> bool:
     """Whether [O, K, m] keeps n of every m, and every pattern g times in every group and chunk (at most g times in a last group that is not full).
 
     >>> holds(torch.tensor([[[True, False]], [[False, True]]]), 1, 1), holds(torch.tensor([[[True, False]], [[True, False]]]), 1, 1)
     (True, False)
     """
-    rows, _, m = mask.shape
-    if not bool((mask.sum(-1) == n).all()):
-        return False
-    counts = tally(mask, n, g)
-    full = rows // (math.comb(m, n) * g)
-    return bool((counts[:full] == g).all()) and bool((counts[full:] <= g).all())
-
-
-def tally(mask: Tensor, n: int, g: int) -> Tensor:
-    """How often each pattern occurs, int64 [G, K, C]; rows that keep another number than n count for none."""
-    m = mask.shape[2]
-    table = torch.tensor(patterns(n, m), device=mask.device)
-    weights = 2 ** torch.arange(m, device=mask.device)
-    number = torch.full((2**m,), -1, device=mask.device)
-    number[weights[table].sum(1)] = torch.arange(len(table), device=mask.device)
-    kinds = number[(mask.long() * weights).sum(-1)]
-    padded = F.pad(kinds, (0, 0, 0, -kinds.shape[0] % (len(table) * g)), value=-1).unflatten(0, (-1, len(table) * g))
-    return torch.stack([(padded == kind).sum(1) for kind in range(len(table))], -1)
+    found, ways = kinds(mask, n), math.comb(mask.shape[2], n)
+    return bool((found >= 0).all()) and bool((tally(found, ways, g) <= g).all())  # a full group is then exact

@@ -24,7 +24,8 @@ class Laid(View):
     `refresh`, which follows a step of the optimizer, asks `after_step` for the mask and writes zeros outside it:
     `Same()` keeps the pattern, another selection chooses it anew among the values that the step left. `gradient` is the
     format of the weight's gradient; None leaves it dense, so that what is zero may come back.
-    `mask` is bool, the shape of the weight, and saved with the model.
+    `mask` is bool, the shape of the weight, and saved with the model. `axes` bring the weight to [O, ..., I], as selections
+    see it. A Linear, Conv or Embedding is handed the layout; any other module sees the same values densely.
 
     >>> view = Laid(torch.tensor([[True, False]]), "csr")
     >>> view(torch.tensor([[2.0, 3.0]])).tolist(), view.stored(torch.tensor([[2.0, 3.0]]))
@@ -39,10 +40,10 @@ class Laid(View):
         mask = torch.arange(48).view(6, 8) % 3 != 0
         return cls(mask.clone()), cls(mask.clone(), "bitmask"), cls(mask.clone(), "csr", gradient=Format(external=Same()))
 
-    def __init__(self, mask: Tensor, layout: str = DENSE, after_step: Selection | None = None, gradient: Format | None = None) -> None:
+    def __init__(self, mask: Tensor, layout: str = DENSE, after_step: Selection | None = None, gradient: Format | None = None, axes: tuple[int, ...] | None = None) -> None:
         super().__init__()
         self.register_buffer("mask", mask)
-        self.layout, self.after_step, self.gradient = layout, after_step or Same(), gradient
+        self.layout, self.after_step, self.gradient, self.axes = layout, after_step or Same(), gradient, axes or tuple(range(mask.dim()))
         self._ready: tuple[object, Any] | None = None  # what the raw weight and the mask were, and the weight in its layout
 
     def __getstate__(self) -> dict[str, Any]:
@@ -67,7 +68,11 @@ class Laid(View):
     def export(self, weight: Tensor) -> Pruned:
         return Pruned(torch.where(self.mask, weight.detach(), 0.0), self.mask.clone())
 
+    def choose(self, weight: Tensor, selection: Selection) -> None:
+        """Keep what a selection keeps of the weight, seen as [O, ..., I]."""
+        self.mask.permute(self.axes).copy_(selection.mask(weight.permute(self.axes), self.mask.permute(self.axes)))
+
     @torch.no_grad()
     def refresh(self, weight: Tensor, progress: Progress) -> None:
-        self.mask.copy_(self.after_step.mask(weight, self.mask))
+        self.choose(weight, self.after_step)
         weight.masked_fill_(~self.mask, 0.0)
