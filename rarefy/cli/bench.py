@@ -20,7 +20,7 @@ COLUMNS = ("layout", "pattern", "shape", "density", "batch", "peer", "ratio", "r
 @app.command(epilog="Examples:  rarefy bench --layout bitmask,csr --density 0.5,0.1 --batch 1,64   ·   rarefy bench --layout block@block:4x1,n_m@2:4 --peer torch,own-dense --json")
 def bench(
     op: Annotated[str, typer.Option(help="What is timed; linear is all there is.")] = "linear",
-    layout: Annotated[str, typer.Option(help="Layouts, comma-separated; LAYOUT@PATTERN for weights that have a structure.")] = "bitmask,csr",
+    layout: Annotated[str, typer.Option(help="Layouts, comma-separated; LAYOUT@PATTERN for weights that have a structure, e.g. n_m_g@2:4:16.")] = "bitmask,csr",
     shape: Annotated[str, typer.Option(help="Shapes OUTxIN, comma-separated.")] = "2048x8192",
     density: Annotated[str, typer.Option(help="Shares of weights that are kept, comma-separated.")] = "0.5",
     batch: Annotated[str, typer.Option(help="Rows of x, comma-separated.")] = "1",

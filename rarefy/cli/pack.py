@@ -37,7 +37,7 @@ def pack(
     model: Model,
     out: Out,
     layout: Annotated[
-        str, typer.Option(help="How the sparse matrices are stored: bitmask, int8, int4, int4-asymmetric, …; auto times the lossless ones on this machine.")
+        str, typer.Option(help="How the sparse matrices are stored: bitmask, int8, int4, int4-asymmetric, n_m, n_m_g, …; auto times the lossless ones on this machine.")
     ] = "bitmask",
     batch: Annotated[str, typer.Option(help="With --layout auto: rows of x to be fast at, e.g. 1,64.")] = "1",
     gate: Annotated[str | None, typer.Option(help="Zero small activations in every forward: topk:density=0.5 or threshold:density=0.5.")] = None,
