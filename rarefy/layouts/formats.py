@@ -13,7 +13,7 @@ from rarefy.core.discover import pick
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Paper
 from rarefy.core.roles import Selection
-from rarefy.layouts.registry import DENSE, STEN
+from rarefy.layouts.registry import DENSE, STEN, name_of
 from rarefy.layouts.selections import MATERIALISING, All, Same
 from rarefy.layouts.tensor import convert, run
 
@@ -59,7 +59,9 @@ class Format:
             dense: what computes it densely, where that is not `op` itself.
         """
         made = run(op, args, kwargs or {}, keep=self.inline, into=self.temporary, call=dense)
-        return convert(made, self.external, self.layout, GRADIENT if gradient is None else gradient)
+        if not isinstance(made, Tensor):
+            raise BadInput(f"{name_of(op)}, which returns a {type(made).__name__}", "a format is for one tensor", "set it on the module that makes that tensor")
+        return convert(made, self.external, self.layout, GRADIENT if gradient is None else gradient, selected=type(self.inline) is not All)
 
     def of(self, values: Tensor, kept: Tensor | None = None) -> Tensor:
         """A tensor as this format leaves it, dense again: what stays of a gradient, which autograd sums as a dense tensor."""

@@ -15,7 +15,7 @@ from rarefy.core.discover import pick
 from rarefy.core.errors import Refused
 from rarefy.core.roles import Matrix, Selection
 from rarefy.layouts.registry import DENSE, STEN, Key, canonical, find, missing, name_of, policy, selector
-from rarefy.layouts.selections import All
+from rarefy.layouts.selections import All, Same
 
 Call = Callable[..., Any]
 
@@ -30,6 +30,7 @@ _PLAIN |= {getattr(Tensor, name) for name in ("register_hook", "retain_grad", "r
     torch.autograd.backward,
     torch.is_floating_point,
 }
+_WRITES = {"__setitem__", "__set__", *(f"__i{name}__" for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"))}
 _DETACH = {Tensor.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
 
 
@@ -110,33 +111,34 @@ def layout_of(x: Tensor) -> str:
     return x.laid if isinstance(x, LayoutTensor) else DENSE
 
 
-def convert(x: Tensor, keep: Selection, into: str, gradient: Any = None, kept: Tensor | None = None) -> Any:
+def convert(x: Tensor, keep: Selection, into: str, gradient: Any = None, kept: Tensor | None = None, *, selected: bool = False) -> Any:
     """What a selection keeps of a tensor, in another layout or `dense`.
 
     Args:
         gradient: a `rarefy.layouts.formats.Format` for the gradient of what is returned, which sees what was kept;
             None hands the gradient on as it is, to what was dropped too.
         kept: what stays already, for the selection.
+        selected: the zeros of `x` were dropped by a selection before.
     """
     if into != DENSE:
         pick(_layouts.LAYOUTS, into, "layout")
     if layout_of(x) == into and type(keep) is All and gradient is None:
         return x
     if torch.compiler.is_compiling():
-        return _compiled(x, keep, into, gradient, kept)
-    return _Convert.apply(x, keep, into, gradient, kept)
+        return _compiled(x, keep, into, gradient, kept, selected)
+    return _Convert.apply(x, keep, into, gradient, kept, selected)
 
 
-def _compiled(x: Tensor, keep: Selection, into: str, gradient: Any, kept: Tensor | None) -> Tensor:
+def _compiled(x: Tensor, keep: Selection, into: str, gradient: Any, kept: Tensor | None, selected: bool) -> Tensor:
     """The same values and gradients; compiled code lays nothing down."""
     if into != DENSE and not _layouts.LAYOUTS[into].lossless:
         raise Refused(f"layout {into} in compiled code", "compiled code stays dense, and this layout changes values", "take a lossless layout, or do not compile")
     if gradient is not None and not gradient.derives:
         raise Refused("the format of a gradient in compiled code", "compiled code has the gradient that autograd finds", "take the default format, or do not compile")
-    values = x if type(keep) is All else torch.where(keep.mask(x, kept), x, 0)
+    mask = keep.mask(x.detach(), kept)
     if gradient is None:
-        return x + (values - x).detach()
-    return torch.where(values.detach() != 0 if kept is None else kept, values, 0)
+        return x + (torch.where(mask, x, 0) - x).detach()
+    return torch.where(mask & (x != 0) if selected else mask, x, 0)
 
 
 def run(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, keep: Selection | None = None, into: str = DENSE, call: Call | None = None) -> Any:
@@ -171,10 +173,7 @@ def run(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, keep: Select
 
 def _refuse_writes(op: Any, kwargs: Mapping[str, Any]) -> None:
     name = getattr(op, "__name__", "")
-    writes = (
-        name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
-    )
-    if writes or isinstance(kwargs.get("out"), LayoutTensor):
+    if name in _WRITES or (name.endswith("_") and not name.endswith("__")) or isinstance(kwargs.get("out"), LayoutTensor):
         raise Refused(f"{name_of(op)} on a tensor in a layout", "its bytes cannot be written to in place", "use the function that returns a new tensor, or to_dense() first")
 
 
@@ -238,22 +237,23 @@ class _Convert(torch.autograd.Function):
     """From one layout to another, or to a dense tensor, with what a selection keeps; the gradient is kept in its own format."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keep: Selection, into: str, gradient: Any, kept: Tensor | None) -> Tensor:
-        made = _converted(x, keep, into, kept)
+    def forward(ctx: Any, x: Tensor, keep: Selection, into: str, gradient: Any, kept: Tensor | None, selected: bool) -> Tensor:
         ctx.gradient = gradient
         if gradient is not None:
-            ctx.kept = _values(made) != 0 if kept is None else kept
-        return made
+            values = _values(x)
+            mask = keep.mask(values, kept)
+            ctx.kept = mask & (values != 0) if selected else mask
+        return _converted(x, keep, into, kept)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return (gradient if ctx.gradient is None else ctx.gradient.of(gradient, kept=ctx.kept)), None, None, None, None
+        return (gradient if ctx.gradient is None else ctx.gradient.of(gradient, kept=ctx.kept)), None, None, None, None, None
 
 
 def _converted(x: Tensor, keep: Selection, into: str, kept: Tensor | None) -> Tensor:
     source = layout_of(x)
-    registered = selector(keep, source, into) if kept is None else None
+    registered = None if kept is not None and type(keep) is Same else selector(keep, source, into)  # what stays already is only known here
     if registered is not None:
         made: Tensor = registered(keep, x)
         return made

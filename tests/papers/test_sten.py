@@ -249,6 +249,29 @@ def test_a_format_goes_through_the_operator_both_layouts_and_both_selections() -
     assert convert(LayoutTensor.of(x.detach(), "csr"), AtLeast(1.0), "bitmask").to_dense().tolist() == [[5.0, 6.0, 7.0, 8.0]]
 
 
+def test_the_derivative_follows_the_selections_and_not_the_zeros() -> None:
+    x = torch.tensor([[0.0, 1.0, -3.0, 0.5]], requires_grad=True)
+    for form, want in (
+        (Format(layout="csr"), [3.0, 3.0, 3.0, 3.0]),  # a zero that stays has its derivative
+        (Format(external=AtLeast(2.0), layout="csr"), [0.0, 3.0, 3.0, 0.0]),
+        (Format(inline=AtLeast(2.0), temporary="bitmask", layout="csr"), [0.0, 3.0, 3.0, 0.0]),
+    ):
+        x.grad = None
+        with when_missing("silent"):
+            form.call(torch.mul, (x, 3.0)).to_dense().sum().backward()
+        assert x.grad.tolist() == [want]
+
+    @selects(AtLeast, "dense", "csr")
+    def large(selection: AtLeast, gradient: Tensor) -> LayoutTensor:
+        return LayoutTensor.of(torch.where(selection.mask(gradient), gradient * 10, 0), "csr")
+
+    x.grad = None
+    Format(layout="csr").call(torch.mul, (x, 3.0), gradient=Format(external=AtLeast(0.5), layout="csr")).to_dense().sum().backward()
+    assert x.grad.eq(30).all()
+    with pytest.raises(BadInput, match=r"torch\.max, which returns a max"):
+        Format().call(torch.max, (x, 1))
+
+
 # -- formats on a model
 
 
@@ -357,6 +380,25 @@ def test_state_dicts_copies_export_autocast_and_a_foreign_sparsifier() -> None:
     assert torch.equal(model[0].weight != 0, mask)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_other_hosts_see_the_same_values_and_patterns_run_along_inputs() -> None:
+    torch.manual_seed(0)
+    conv = set_formats(nn.Sequential(nn.Conv2d(4, 6, 3)), {"0.weight": WeightFormat(Largest(pattern=NM(2, 4)), "csr", after_step=Largest(pattern=NM(1, 4)))})
+    mask = conv[0].weight != 0
+    assert bool((mask.permute(0, 2, 3, 1).sum(-1) == 2).all())
+    x = normal(1, 4, 5, 5)
+    assert len(told(lambda: conv(x))) == 1
+    with when_missing("silent"):
+        assert torch.equal(conv(x), F.conv2d(x, conv[0].weight, conv[0].bias))
+    sgd = torch.optim.SGD(conv.parameters(), lr=0.1)
+    follow(conv, sgd)
+    sgd.step()
+    assert bool(((conv[0].weight != 0).permute(0, 2, 3, 1).sum(-1) == 1).all())
+    gru = set_formats(nn.GRU(4, 3), {"weight_ih_l0": WeightFormat(Largest(0.5), "csr")})
+    plain = nn.GRU(4, 3)
+    plain.load_state_dict({key: value for key, value in gru.state_dict().items() if "rarefy" not in key})
+    assert torch.equal(gru(normal(2, 1, 4))[0], plain(normal(2, 1, 4))[0])
 
 
 def test_gradients_and_outputs_have_formats_of_their_own() -> None:
