@@ -158,6 +158,18 @@ def test_an_implementation_is_found_exactly_else_by_a_lossless_conversion() -> N
     assert w.grad.eq(-1).all()
 
 
+def test_a_lossy_layout_is_not_converted_into_and_indices_need_no_gradient() -> None:
+    implements(torch.abs, "int8")(lambda x: x.to_dense().abs() + 1)
+    x = normal(3, 4)
+    with when_missing("silent"):
+        assert torch.equal(torch.abs(LayoutTensor.of(x, "csr")), x.abs())
+    implements(torch.index_select, "csr", "dense")(lambda x, dim, index: torch.index_select(x.to_dense(), dim, index))
+    w, index = x.clone().requires_grad_(True), torch.tensor([2, 0])
+    with when_missing("silent"):
+        torch.index_select(LayoutTensor.of(w, "csr"), 0, index).sum().backward()
+    assert torch.equal(w.grad[:, 0], torch.tensor([1.0, 0.0, 1.0]))
+
+
 def test_a_registered_derivative_is_taken_and_a_second_registration_refused() -> None:
     implements(torch.square, "csr")(lambda x: x.to_dense() ** 2)
     differentiates(torch.square, "csr")(lambda gradient, x: (7 * gradient,))
@@ -369,6 +381,8 @@ def test_state_dicts_copies_export_autocast_and_a_foreign_sparsifier() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half, want = model(x), dense(x)
     assert half.dtype == torch.bfloat16 and torch.equal(half, want)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model(x), dense(x))
     half.float().square().sum().backward()
     want.float().square().sum().backward()
     assert torch.equal(model[0].bias.grad, dense[0].bias.grad) and torch.equal(model[0].weight.grad, dense[0].weight.grad)
@@ -380,6 +394,20 @@ def test_state_dicts_copies_export_autocast_and_a_foreign_sparsifier() -> None:
     assert torch.equal(model[0].weight != 0, mask)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_weight_is_laid_down_again_when_it_changes_and_only_its_own_optimizer_is_followed() -> None:
+    model = mlp()
+    other = torch.optim.SGD(model[4].parameters(), lr=0.1)
+    set_formats(model, {"0.weight": FORM}, other)
+    x = normal(3, 8)
+    with torch.no_grad():
+        y = model(x)
+        assert model[0].rarefy_weight.stored(model[0].weight) is model[0].rarefy_weight.stored(model[0].weight)
+        model[0].weight.add_(1.0)
+        assert not torch.equal(model(x), y)
+    other.step()
+    assert bool((model[0].weight != 0).all())
 
 
 def test_other_hosts_see_the_same_values_and_patterns_run_along_inputs() -> None:
@@ -571,6 +599,10 @@ def test_a_matrix_that_no_group_holds_is_stored_whole_and_broken_files_are_refus
     w[:, :4] = torch.tensor([1.0, 2.0, 0.0, 0.0])  # one pattern, twelve times
     packed = part.pack(w)
     assert torch.equal(part.unpack(packed, (12, 8), w.dtype), w)
+    crowded = torch.zeros(6, 4)
+    crowded[:, 0], crowded[5, 1] = 1.0, 1.0  # of six patterns three hold position 0
+    tight = NofMofG(groups=(4,), repeats=(1,))
+    assert torch.equal(tight.unpack(tight.pack(crowded.repeat(1, 40)), (6, 160), w.dtype), crowded.repeat(1, 40))
     grouped = part.pack(w * 0 + NMG(2, 4, 2).mask(normal(12, 8).abs(), 0))
     twice = grouped.clone()
     twice[64] = twice[65]
