@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rarefy.hub.load import load as load
     from rarefy.probes.perplexity import perplexity as perplexity
     from rarefy.surgery.heal import heal as heal
+    from rarefy.weights.formats import set_formats as set_formats
     from rarefy.weights.optimize import optimize as optimize
     from rarefy.weights.prune import prune as prune
     from rarefy.weights.sites import find_sites as find_sites
@@ -61,6 +62,7 @@ _WHERE = {
     "optimize": "weights.optimize",
     "prune": "weights.prune",
     "find_sites": "weights.sites",
+    "set_formats": "weights.formats",
     "Sparsifier": "weights.sparsifier",
     "train": "weights.train",
 }

@@ -125,7 +125,7 @@ def test_only_parts_with_a_contract_are_checked() -> None:
         contracts.check(3)
 
 
-@pytest.mark.parametrize("text", ["5:4", "0:4", "block:0x1", "diagonal", "2:4:8", ""])
+@pytest.mark.parametrize("text", ["5:4", "0:4", "block:0x1", "diagonal", "2:4:0", "2:4:8:1", "8:16:2", ""])
 def test_unknown_patterns_are_refused(text: str) -> None:
     with pytest.raises(BadInput):
         parse_pattern(text)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rarefy.core.attach import attach_view, detach, exported
 from rarefy.core.errors import BadInput, Refused
+from rarefy.weights.views.laid import Laid
 from rarefy.weights.views.masked import Masked
 from rarefy.weights.views.soft_threshold import SoftThreshold
 
@@ -20,7 +21,11 @@ HOSTS = {
     "embedding": (lambda: nn.Embedding(5, 4), "weight", lambda: torch.tensor([1, 3])),
     "layer norm (shadow)": (lambda: nn.LayerNorm(4), "weight", lambda: torch.randn(2, 4)),
 }
-VIEWS = {"masked": lambda w: Masked(torch.arange(w.numel()).view(w.shape) % 2 == 0), "soft": lambda w: SoftThreshold(-1.0)}
+VIEWS = {
+    "masked": lambda w: Masked(torch.arange(w.numel()).view(w.shape) % 2 == 0),
+    "soft": lambda w: SoftThreshold(-1.0),
+    "laid": lambda w: Laid(torch.arange(w.numel()).view(w.shape) % 2 == 0),
+}
 
 
 @pytest.mark.parametrize("kind", VIEWS)

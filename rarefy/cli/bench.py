@@ -89,7 +89,7 @@ def bench(
     op: Annotated[
         str, typer.Option(help="What is timed: linear (one product), skip (one with dense weights and zeros in x, of which --density is the rest) or decode (whole models).")
     ] = "linear",
-    layout: Annotated[str, typer.Option(help="Layouts, comma-separated; LAYOUT@PATTERN for weights that have a structure.")] = "bitmask,csr",
+    layout: Annotated[str, typer.Option(help="Layouts, comma-separated; LAYOUT@PATTERN for weights that have a structure, e.g. n_m_g@2:4:16.")] = "bitmask,csr",
     shape: Annotated[str, typer.Option(help="Shapes OUTxIN, comma-separated.")] = "2048x8192",
     density: Annotated[str, typer.Option(help="Shares of weights (skip: of inputs) that are not zero, comma-separated.")] = "0.5",
     batch: Annotated[str, typer.Option(help="Rows of x, comma-separated.")] = "1",

@@ -28,6 +28,8 @@ ROLES = (
     roles.Choice,
     roles.Overflow,
     roles.Balance,
+    roles.Layout,
+    roles.Selection,
     roles.Gate,
     roles.Places,
     roles.Sharing,

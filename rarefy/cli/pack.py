@@ -35,7 +35,7 @@ def pack(
     model: Model,
     out: Out,
     layout: Annotated[
-        str, typer.Option(help="How the sparse matrices are stored: bitmask, int8, int4, int4-asymmetric, …; auto times the lossless ones on this machine.")
+        str, typer.Option(help="How the sparse matrices are stored: bitmask, int8, int4, int4-asymmetric, n_m, n_m_g, …; auto times the lossless ones on this machine.")
     ] = "bitmask",
     embeddings: Annotated[str | None, typer.Option(help="A layout for the embedding and the output head too, e.g. int8; default: as they are.")] = None,
     batch: Annotated[str, typer.Option(help="With --layout auto: rows of x to be fast at, e.g. 1,64.")] = "1",

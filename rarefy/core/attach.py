@@ -45,8 +45,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     gate, after = self._modules.get("rarefy_input"), self._modules.get("rarefy_output")
     if gate is not None:
         args = (gate(args[0]), *args[1:])
-    found = _ungated(self, *args, **kwargs)
-    return found if after is None else after(found)
+    return _ungated(self, *args, **kwargs) if after is None else after.around(_ungated, self, args, kwargs)
 
 
 def _ungated(self: Any, *args: Any, **kwargs: Any) -> Any:

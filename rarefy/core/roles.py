@@ -304,6 +304,10 @@ class Gate(nn.Module, Role):
     def calibrate(self, rows: Tensor) -> None:
         """Set what depends on the activations from rows [R, C]; most gates have nothing to set."""
 
+    def around(self, run: Callable[..., Any], host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a host returns with this gate on its output, where `run(host, *args, **kwargs)` is what it returns without."""
+        return self(run(host, *args, **kwargs))
+
     def forward(self, x: Tensor) -> Tensor:
         return torch.where(self.keep(x), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
@@ -370,6 +374,26 @@ class Layout(Role):
     def unpack(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """The dense matrix [O, I] of `dtype`."""
         return self.matrix(packed, shape, dtype).dense().to(dtype)
+
+
+class Selection(Role):
+    """Which entries of a tensor stay, and how much of it must be seen before one can say: `passes` is streaming, blocking or materialising.
+
+    streaming: by each value alone, so that the operator which makes the value can drop it; blocking: by `span`
+    neighbouring columns of [rows, columns]; materialising: by the whole tensor, after the operator.
+    """
+
+    @property
+    def passes(self) -> str:
+        return "streaming"
+
+    @property
+    def span(self) -> int:
+        return 1
+
+    @abstractmethod
+    def mask(self, values: Tensor, kept: Tensor | None = None) -> Tensor:
+        """bool, the shape of `values`; `kept` is what stays already: of the same tensor before, or of the tensor whose gradient this is."""
 
 
 class Policy(Role):

@@ -58,7 +58,7 @@ class Sparsifier:
             if key not in known:
                 raise BadInput(f"site {key!r}", "a site is a parameter of the model", "take names from model.named_parameters()")
         self.weights = {key: known[key] for key in keys}
-        self.support = Support(self.weights, _axes(model))
+        self.support = Support(self.weights, axes_of(model))
         self.progress = Progress(total=total)
         self.ledger: list[Event] = []
         self.generator = torch.Generator().manual_seed(seed)
@@ -337,7 +337,7 @@ class Sparsifier:
                     self.weights[key].copy_(value)
 
 
-def _axes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def axes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """{key: axes that bring the tensor to [O, ..., I]} of the layers whose order of axes is known."""
     try:
         return {site.key: site.axes for site in find_sites(model, include=("*",)) if site.expert is None}
