@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class LeastSquares(Solver):
     [0.0, 1.422]
     """
 
-    criterion: Criterion = InverseHessian()
+    criterion: Criterion = field(default_factory=InverseHessian)
     damp: float = 0.01
     name = "least-squares"
 
