@@ -134,7 +134,7 @@ class ScaledGroups(View):
 class Int4Scales(Adaptation):
     """Train the scale and the zero of every group, codes frozen: 1/16 of the kept weights' number. See `ScaledGroups`.
 
-    End to end on a matrix that `Int4Weights` or the layout rounded it is the paper's E2E-OQP.
+    End to end on a matrix that `Int4Weights` rounded it is the paper's E2E-OQP.
 
     Source: Zeng et al., GQSA, arXiv 2412.17560, stage 2, from second-hand accounts.
 
