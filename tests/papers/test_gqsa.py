@@ -1,4 +1,6 @@
-"""GQSA on matrices with half of the 1x32 groups gone, and on a character Llama of width 48 with a third of the 1x16 ones gone.
+"""GQSA on matrices with half of the 1x32 groups gone, and on a character Llama of width 48 with two thirds of the 1x16 ones gone.
+
+Measured here, nats a character: dense 2.060, pruned and updated by least squares 2.480, by blocks through the rounding 2.149, then the scales 2.12.
 
 The twins are no evidence for the catalogue: the paper's equations were not at hand, so its row stays partial whatever holds here.
 """
@@ -251,12 +253,12 @@ def test_an_update_that_cannot_be_solved_is_left_out_and_counted() -> None:
 def _halved() -> tuple[Any, Any]:
     dense, _ = sparse_lm.dense_and_sparse()
     sparse = copy.deepcopy(dense)
-    prune(sparse, [{"input_ids": ids} for ids in sparse_lm.windows(3, 16)], replace(GQSA, pattern=RowBlock(1, 16)), density=2 / 3)
+    prune(sparse, [{"input_ids": ids} for ids in sparse_lm.windows(3, 16)], replace(GQSA, pattern=RowBlock(1, 16)), density=1 / 3)
     return dense, sparse
 
 
 def halved() -> tuple[Any, Any]:
-    """The dense model, and its copy with a third of the groups of 16 gone."""
+    """The dense model, and its copy with two thirds of the groups of 16 gone."""
     dense, sparse = _halved()
     return dense, copy.deepcopy(sparse)
 
@@ -267,10 +269,10 @@ BLOCKS = "training each block through the rounding lowers its output error on ca
 def blocks_hold(method: Adaptation) -> dict[str, Any]:
     dense, sparse = halved()
     sites = {s.key: sparse.get_parameter(s.key) != 0 for s in pruned_sites(sparse)}
-    report = ByBlock(epochs=4).run(sparse, sparse_lm.windows(21, 48), method, teacher=Teacher(dense), training=Training(lr=2e-3, batch=4))
+    report = ByBlock(epochs=2).run(sparse, sparse_lm.windows(21, 24), method, teacher=Teacher(dense), training=Training(lr=5e-3, batch=4))
     for block in report["blocks"]:
-        assert block["after"] < 0.9 * block["before"], block
-        assert block["held_out_after"] < 0.9 * block["held_out_before"], block
+        assert block["after"] < 0.9 * block["before"], f"calibration: {block}"
+        assert block["held_out_after"] < 0.9 * block["held_out_before"], f"held out: {block}"
     for key, mask in sites.items():
         weight = sparse.get_parameter(key)
         assert torch.equal(weight != 0, mask) and torch.equal(back(weight), weight), key
@@ -300,7 +302,7 @@ def test_blocks() -> None:
 
 
 def test_blocks_twin() -> None:
-    with pytest.raises(AssertionError, match="'before'"):
+    with pytest.raises(AssertionError, match="calibration"):
         blocks_hold(Cut())
 
 
@@ -317,12 +319,12 @@ def ends_hold(method: Adaptation) -> None:
     model = copy.deepcopy(_by_block()["model"])
     sites, before = pruned_sites(model), sparse_lm.loss(model)
     old = {s.key: code_of(model.get_parameter(s.key).detach()) for s in sites}
-    report = heal(model, sparse_lm.windows(22, 96), method, training=Training(lr=0.01, batch=4))
+    report = heal(model, sparse_lm.windows(22, 64), method, training=Training(lr=0.02, batch=2))
     for key, code in old.items():
         weight = model.get_parameter(key).detach()
         assert torch.equal(back(weight), weight), key
         assert torch.equal(code_of(weight), code), f"{key}: {int((code_of(weight) != code).sum())} codes moved"
-    assert sparse_lm.loss(model) < before - 0.005, (before, sparse_lm.loss(model))
+    assert sparse_lm.loss(model) < before - 0.015, (before, sparse_lm.loss(model))
     assert report["trained_parameters"] < sum(int((c >= 0).sum()) for c in old.values()) / 4
 
 
@@ -380,7 +382,7 @@ def test_a_run_by_blocks_that_was_stopped_ends_in_the_same_bytes(tmp_path: Path)
 
 
 def test_blocks_need_a_parent_of_the_same_chain() -> None:
-    dense, sparse = halved()
+    _, sparse = halved()
     with pytest.raises(BadInput, match="no dense parent"):
         ByBlock().run(sparse, sparse_lm.windows(5, 2), Int4Weights())
     with pytest.raises(Refused, match="no chain of blocks"):
