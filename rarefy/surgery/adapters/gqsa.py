@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from rarefy.core.records import Paper, Recipe
 from rarefy.core.roles import View
 from rarefy.surgery.adapters import Adaptation
-from rarefy.surgery.adapters.grid import LAST, coarse, codes, flat, grouped, half, steps, straight, values
+from rarefy.surgery.adapters.grid import LAST, coarse, codes, flat, grouped, half, spread, steps, straight, values
 from rarefy.weights.allocations.uniform import Uniform
 from rarefy.weights.criteria.inverse_hessian import InverseHessian
 from rarefy.weights.patterns.structured import RowBlock
@@ -43,11 +43,9 @@ class RoundedGroups(View):
     rounding passes gradients straight through, clipping does not. The share ``1 - 10 e`` of a half range that is
     covered is kept in [1/2, 1], so that codes 0 and 15 are always used. Zeros stay zeros, and no kept weight becomes one.
 
-    >>> w = torch.tensor([[0.0] * 32 + [-1.0, 2.0] + [0.31] * 30])
-    >>> view = RoundedGroups(torch.zeros(1, 64), torch.zeros(1, 2, 2)); view(w)[0, [0, 32, 33]].tolist()
-    [0.0, -1.0, 2.0]
-    >>> round(view(w)[0, 34].item(), 3)  # code 7 of steps of 0.2
-    0.4
+    >>> w = torch.tensor([[0.0] * 32 + [-1.25, 2.5] + [0.31] * 30])  # steps of a quarter
+    >>> RoundedGroups(torch.zeros(1, 64), torch.zeros(1, 2, 2))(w)[0, [0, 32, 33, 34]].tolist()
+    [0.0, -1.25, 2.5, 0.25]
     """
 
     @classmethod
@@ -59,18 +57,23 @@ class RoundedGroups(View):
         self.change, self.ends = nn.Parameter(change), nn.Parameter(ends)
 
     def forward(self, weight: Tensor) -> Tensor:
-        kept = grouped(weight) != 0
-        v = torch.where(kept, grouped(weight) + grouped(self.change), 0.0)
+        raw = grouped(weight)
+        present = (raw != 0).any(-1)
+        return flat(spread(self._rounded(raw[present], grouped(self.change)[present], self.ends[present]), present), weight.shape[1]).to(weight.dtype)
+
+    def _rounded(self, raw: Tensor, change: Tensor, ends: Tensor) -> Tensor:
+        """The groups that are there, [N, 32]."""
+        kept = raw != 0
+        v = torch.where(kept, raw + change, 0.0)
         low, high = v.amin(-1), v.amax(-1)
-        share = straight(1 - PACE * self.ends, (1 - PACE * self.ends).clamp(0.5, 1.0))
+        share = straight(1 - PACE * ends, (1 - PACE * ends).clamp(0.5, 1.0))
         middle, reach = (low + high) / 2, (high - low) / 2
-        # exactly the least entry where all of the range is covered
-        scale, zero = steps(
-            torch.where(share[..., 0] < 1, middle - share[..., 0] * reach, low), torch.where(share[..., 1] < 1, middle + share[..., 1] * reach, high), ~kept.all(-1)
-        )
-        place = torch.where(scale[..., None] > 0, (v - zero[..., None]) / torch.where(scale > 0, scale, 1.0)[..., None], 0.0).clamp(0, LAST)
-        found = values(straight(place, codes(v, kept, scale, zero)), kept, scale, zero)
-        return flat(found, weight.shape[1]).to(weight.dtype)
+        # exactly the least and the largest entry where all of the range is covered
+        bottom = torch.where(share[:, 0] < 1, middle - share[:, 0] * reach, low + (1 - share[:, 0]) * reach)
+        top = torch.where(share[:, 1] < 1, middle + share[:, 1] * reach, high - (1 - share[:, 1]) * reach)
+        scale, zero = steps(bottom, top, ~kept.all(-1))
+        place = torch.where(scale[:, None] > 0, (v - zero[:, None]) / torch.where(scale > 0, scale, 1.0)[:, None], 0.0).clamp(0, LAST)
+        return values(straight(place, codes(v, kept, scale, zero)), kept, scale, zero)
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,9 @@ class ScaledGroups(View):
     a group holds zeros, b is without effect: its zero stays a whole number of steps below 0, so that they stay zeros. A group
     that is on no such grid moves alike, unrounded: ``W' = W + a (W - min W) + scale * b``.
 
-    >>> w = torch.arange(32.0)[None] % 16 - 4
-    >>> view = ScaledGroups(torch.tensor([[1.0]]), torch.tensor([[2.0]])); view(w)[0, :3].tolist()
-    [-2.0, 0.0, 2.0]
+    >>> w = torch.arange(32.0)[None] % 16 - 4.5  # steps of one
+    >>> ScaledGroups(torch.tensor([[1.0]]), torch.tensor([[2.0]]))(w)[0, :3].tolist()
+    [-2.5, -0.5, 1.5]
     """
 
     @classmethod
@@ -116,18 +119,23 @@ class ScaledGroups(View):
         self.scale, self.zero = nn.Parameter(scale), nn.Parameter(zero)
 
     def forward(self, weight: Tensor) -> Tensor:
-        groups = grouped(weight)
+        raw = grouped(weight)
+        present = (raw != 0).any(-1)
+        return flat(spread(self._scaled(raw[present], self.scale[present], self.zero[present]), present), weight.shape[1]).to(weight.dtype)
+
+    def _scaled(self, groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The groups that are there, [N, 32]."""
         kept = groups != 0
         holey = ~kept.all(-1)
         step, start = steps(groups.amin(-1), groups.amax(-1), holey)
         code = codes(groups, kept, step, start).detach()
         on_grid = (values(code, kept, step, start) == groups).all(-1)
-        longer, further = step * (1 + self.scale), start + step * self.zero
+        longer, further = step * (1 + scale), start + step * zero
         thin = coarse(longer)
         at = (-start / torch.where(step > 0, step, 1.0)).round()
         there = values(code, kept, torch.where(holey, thin, half(longer)), torch.where(holey, -at * thin, half(further)))
-        free = torch.where(kept, groups + self.scale[..., None] * (groups - start[..., None]) + (step * self.zero)[..., None], 0.0)
-        return flat(torch.where(on_grid[..., None], there, free), weight.shape[1]).to(weight.dtype)
+        free = torch.where(kept, groups + scale[:, None] * (groups - start[:, None]) + (step * zero)[:, None], 0.0)
+        return torch.where(on_grid[:, None], there, free)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The grid of the int4-asymmetric layout, in a form that learns: what these functions make, the layout stores without a change.
 
-Groups are [O, G, 32], the last of a row filled up with zeros, as the layout does. Every group uses code 0 for its least
+Groups are [..., 32], of a matrix [O, G, 32], the last of a row filled up with zeros, as the layout does. Every group uses code 0 for its least
 entry and code 15 for its largest, which is what the layout reads the grid off. A group that holds zeros (pruned places, or the filling)
 has a scale of 7 significant bits and ``zero = -k scale``: code k then is exactly zero. All of this holds for float32 weights whose
 scales are normal float16 numbers, 6e-5 to 4e3; below that the layout's own rounding comes on top.
@@ -51,6 +51,11 @@ def flat(groups: Tensor, columns: int) -> Tensor:
     return groups.flatten(1)[:, :columns]
 
 
+def spread(groups: Tensor, present: Tensor) -> Tensor:
+    """Groups [N, 32] to their places among [O, G, 32], the others zero."""
+    return groups.new_zeros(*present.shape, GROUP).masked_scatter(present[..., None], groups)
+
+
 def half(x: Tensor) -> Tensor:
     """Rounded to float16, straight through."""
     return straight(x, x.half().float())
@@ -68,7 +73,7 @@ def coarse(x: Tensor) -> Tensor:
 
 
 def steps(low: Tensor, high: Tensor, holey: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, zero), both [O, G], of groups between `low` and `high`; `holey` ones hold zeros."""
+    """(scale, zero), both [...], of groups between `low` and `high`; `holey` ones hold zeros."""
     wide = (high - low) / LAST
     thin = coarse(wide)
     at = (-low / torch.where(thin > 0, thin, 1.0)).round().clamp(0, LAST).detach()
@@ -76,7 +81,7 @@ def steps(low: Tensor, high: Tensor, holey: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def codes(groups: Tensor, kept: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """The nearest code of every entry, float32 integers 0 to 15 [O, G, 32]; both ends are used, and no `kept` entry of a holey group is coded as zero."""
+    """The nearest code of every entry, float32 integers 0 to 15 [..., 32]; both ends are used, and no `kept` entry of a holey group is coded as zero."""
     step, start = scale[..., None], zero[..., None]
     nearest = torch.where(step > 0, (groups - start) / torch.where(step > 0, step, 1.0), 0.0).round().clamp(0, LAST)
     nearest = torch.where(groups == groups.amin(-1, keepdim=True), 0.0, nearest)
@@ -88,7 +93,7 @@ def codes(groups: Tensor, kept: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def values(code: Tensor, kept: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """``w = scale * code + zero``, [O, G, 32], zero where not `kept`; a zero that would make a kept entry vanish moves by its last bit."""
+    """``w = scale * code + zero``, [..., 32], zero where not `kept`; a zero that would make a kept entry vanish moves by its last bit."""
     vanished = (kept & (scale[..., None] * code + zero[..., None] == 0)).any(-1) & kept.all(-1)
     moved = straight(zero, torch.where(zero == 0, _LEAST, (zero * (1 + 2.0**-10)).half().float()))
     start = torch.where(vanished, moved, zero)
