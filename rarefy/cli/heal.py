@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +38,8 @@ RUN = 64  # so many tokens in a row in both texts mean that they overlap
 
 EPILOG = (
     "Examples:  rarefy heal half --tokens 50k --out healed   ·   rarefy heal half --method lors:rank=8 --teacher demo --tokens 20k --out healed   ·   "
-    "rarefy heal half --method full --lr 2e-5 --train-text mine.txt --out healed --json"
+    "rarefy heal half --method full --lr 2e-5 --train-text mine.txt --out healed --json   ·   "
+    "rarefy heal half --course by-block --method int4-weights --teacher demo --out rounded"
 )
 
 
@@ -71,8 +73,8 @@ def heal(
     whole = Path(out or _beside(model)).absolute()
     check_target(whole, force=force)
     _refuse_same_text(train_text, text)
-    checkpoint = Checkpoint(whole.with_name(f"{whole.name}.partial"), replace=force, on_resume=_say_resumed)
-    with checkpoint.locked(), _interruptible(checkpoint):
+    checkpoint = Checkpoint(whole.with_name(f"{whole.name}.partial"), replace=force, on_resume=partial(_say_resumed, path.unit))
+    with checkpoint.locked(), _interruptible(checkpoint, path.unit):
         clear_drafts(whole)
         loaded = load(model, dtype=dtype, device=device)
         pruned_sites(loaded.model)
@@ -202,18 +204,18 @@ def _card(r: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _interruptible(checkpoint: Checkpoint) -> Iterator[None]:
+def _interruptible(checkpoint: Checkpoint, unit: str) -> Iterator[None]:
     """Ctrl-C says what was kept."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        done, steps = checkpoint.finished
-        kept = f"{done} of {steps} steps are kept in {checkpoint.folder}" if done else "no checkpoint was due, nothing was kept"
+        done, total = checkpoint.finished
+        kept = f"{done} of {total} {unit} are kept in {checkpoint.folder}" if done else "no checkpoint was due, nothing was kept"
         raise Interrupted("interrupted", kept, "the same command goes on from there" if done else "the same command begins again") from stop
 
 
-def _say_resumed(done: int, steps: int) -> None:
-    err.print(f"resumed after {done} of {steps} steps", highlight=False)
+def _say_resumed(unit: str, done: int, total: int) -> None:
+    err.print(f"resumed after {done} of {total} {unit}", highlight=False)
 
 
 def _draw(r: dict[str, Any]) -> None:

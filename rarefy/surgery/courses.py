@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -19,8 +19,10 @@ from rarefy.weights.checkpoint import Checkpoint
 class Course(Role):
     """Train what a method attaches to the pruned matrices of a causal language model and fold it in, in place; resumable to the same bytes, no zero lost.
 
-    The report holds what `rarefy.surgery.heal.heal` returns, and what else the course knows.
+    The report holds what `rarefy.surgery.heal.heal` returns, and what else the course knows. `unit` is what a checkpoint counts.
     """
+
+    unit: ClassVar[str] = "steps"
 
     @abstractmethod
     def run(

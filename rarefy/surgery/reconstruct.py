@@ -46,6 +46,7 @@ class ByBlock(Course):
 
     epochs: int = 2
     name = "by-block"
+    unit = "blocks"
 
     def run(
         self,

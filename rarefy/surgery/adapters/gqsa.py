@@ -89,7 +89,7 @@ class Int4Weights(Adaptation):
     True
     """
 
-    lr: float = 1e-4
+    lr: float = 1e-3
     name = "int4-weights"
     paper = PAPER
     exceptions: ClassVar[Mapping[str, str]] = {"nothing_changes_at_the_start": "what it trains is the rounded matrix, and a matrix that is not rounded yet is at the start"}

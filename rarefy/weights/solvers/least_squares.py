@@ -14,7 +14,7 @@ from rarefy.core.records import Pruned
 from rarefy.core.roles import Criterion, Pattern, Solver, asks
 from rarefy.weights.criteria.inverse_hessian import InverseHessian
 
-CHUNK = 2**24  # entries of the gathered Hessians that are solved at once
+CHUNK = 2**21  # entries of the gathered Hessians that are solved at once: 8 MB, so that they stay in the cache
 
 
 @dataclass(frozen=True)
