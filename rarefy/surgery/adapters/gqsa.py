@@ -31,7 +31,7 @@ PAPER = Paper(
         "rows hold equally many groups, so that the kernel splits rows, not groups, over its threads",
     ),
 )
-GQSA = Recipe("gqsa", LeastSquares(InverseHessian(power=2)), Uniform(), RowBlock(1, 32))
+GQSA = Recipe("gqsa", LeastSquares(InverseHessian(power=2)), Uniform(), RowBlock(1, 32), PAPER)
 PACE = 10.0  # how much faster the ends of the grid learn than the weights
 
 
