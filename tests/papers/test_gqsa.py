@@ -382,6 +382,14 @@ def test_a_run_by_blocks_that_was_stopped_ends_in_the_same_bytes(tmp_path: Path)
     assert all(torch.equal(v, whole.state_dict()[k]) for k, v in parts.state_dict().items())
 
 
+def test_a_block_that_training_made_worse_keeps_the_plain_rounding() -> None:
+    dense, sparse = halved()
+    rounded_only = {s.key: Int4Weights().view(sparse.get_parameter(s.key), generator=torch.Generator())(sparse.get_parameter(s.key)).detach() for s in pruned_sites(sparse)}
+    report = ByBlock(epochs=1).run(sparse, sparse_lm.windows(5, 4), Int4Weights(), teacher=Teacher(dense), training=Training(lr=20.0))
+    assert all(b["after"] == b["before"] and b["held_out_after"] is None for b in report["blocks"])
+    assert all(torch.equal(sparse.get_parameter(key), weight) for key, weight in rounded_only.items())
+
+
 def test_blocks_need_a_parent_of_the_same_chain() -> None:
     _, sparse = halved()
     with pytest.raises(BadInput, match="no dense parent"):

@@ -23,7 +23,8 @@ PAPER = Paper(
     "GQSA: Group Quantization and Sparsity for Accelerating Large Language Model Inference",
     "arXiv 2412.17560",
     (
-        "only the abstract and summaries of the paper were at hand: the saliency, the group size, the losses and the learning rates are from second-hand accounts",
+        "only the abstract and summaries of the paper were at hand: they give the two stages and the storage by blocks of a row",
+        "the saliency, the group size, the loss of the blocks and all rates are therefore unverified, from second-hand accounts",
         "groups of 32, the layout's, where the paper is said to use 16",
         "kept weights are updated by least squares before they are trained",
         "a group's scale and zero are learned as the share of its range that is covered, so that both end codes are used and the layout stores the result exactly",
@@ -38,14 +39,15 @@ PACE = 10.0  # how much faster the ends of the grid learn than the weights
 class RoundedGroups(View):
     """A learned change of every kept weight, seen through the int4-asymmetric layout.
 
-    ``V = W + D`` where W is not zero; per group of 32 columns ``[l, h] = mid +- (1 - 10 e) (max V - min V) / 2``, ``scale = (h - l) / 15``,
-    ``zero = l``, both float16; ``W' = scale * round((V - zero) / scale) + zero``. D [O, I] and e [O, G, 2] are float32 and zero at the start;
-    rounding passes gradients straight through, clipping does not. The share ``1 - 10 e`` of a half range that is
-    covered is kept in [1/2, 1], so that codes 0 and 15 are always used. Zeros stay zeros, and no kept weight becomes one.
+        ``V = W + D`` where W is not zero; per group of 32 columns ``[l, h] = mid +- (1 - 10 e) (max V - min V) / 2``, ``scale = (h - l) / 15``,
+        ``zero = l``, both float16; ``W' = scale * round((V - zero) / scale) + zero``. D [O, I] and e [O, G, 2] are float32 and zero at the start;
+        rounding passes gradients straight through, clipping does not. The share ``1 - 10 e`` of a half range that is
+        covered is kept in [1/2, 1], so that codes 0 and 15 are always used. Zeros stay zeros, and no kept weight becomes one. In a model of
+    16 bits the result is rounded once more, to its dtype, and is stored nearly: load it in float32.
 
-    >>> w = torch.tensor([[0.0] * 32 + [-1.25, 2.5] + [0.31] * 30])  # steps of a quarter
-    >>> RoundedGroups(torch.zeros(1, 64), torch.zeros(1, 2, 2))(w)[0, [0, 32, 33, 34]].tolist()
-    [0.0, -1.25, 2.5, 0.25]
+        >>> w = torch.tensor([[0.0] * 32 + [-1.25, 2.5] + [0.31] * 30])  # steps of a quarter
+        >>> RoundedGroups(torch.zeros(1, 64), torch.zeros(1, 2, 2))(w)[0, [0, 32, 33, 34]].tolist()
+        [0.0, -1.25, 2.5, 0.25]
     """
 
     @classmethod
