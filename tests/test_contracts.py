@@ -41,7 +41,10 @@ from rarefy.weights.patterns import parse_pattern
 MODULES = (View, Affinity, Bank)  # roles whose parts are modules without a name
 ROLES = [role for role in _contracts if role not in (Role, *MODULES)]
 PARTS = [pytest.param(part, id=f"{role.__name__}-{name}") for role in ROLES for name, part in discover.methods(role).items()]
-FOUND = {role: [v for m in discover.modules() for v in vars(m).values() if inspect.isclass(v) and issubclass(v, role) and v.__module__ == m.__name__] for role in MODULES}
+FOUND = {
+    role: [v for m in discover.modules() for v in vars(m).values() if inspect.isclass(v) and issubclass(v, role) and v.__module__ == m.__name__ and not v.__name__.startswith("_")]
+    for role in MODULES
+}
 PARTS += [pytest.param(kind, id=f"{role.__name__}-{kind.__name__}") for role, kinds in FOUND.items() for kind in kinds]
 
 

@@ -30,7 +30,7 @@ from rarefy.weights.patterns import parse_pattern
 
 transformers = pytest.importorskip("transformers")
 METHODS = methods(Adaptation)
-PATTERNS = ("matrix", "row", "2:4", "4:8", "block:1x32", "block:4x1", "rows", "columns")
+PATTERNS = ("matrix", "row", "2:4", "4:8", "block:1x32", "row-block:1x16", "block:4x1", "rows", "columns")
 VOCABULARY = 32
 
 
@@ -87,9 +87,10 @@ def test_the_zeros_are_the_same_set_and_all_else_is_untouched(method: type[Any],
 def test_every_method_learns(method: type[Any]) -> None:
     model, given = cut(llama(), "2:4"), windows(40)
     before = loss(model, given)
-    report = heal(model, given, method(), training=Training(lr=0.1 if method.name == "spp" else 0.01, batch=2))
+    lr, batch = {"spp": (0.1, 2), "int4-scales": (0.2, 1)}.get(method.name, (0.01, 2))
+    report = heal(model, given, method(), training=Training(lr=lr, batch=batch))
     assert loss(model, given) < before - 0.2
-    assert report["steps"] == 20 == len(report["train_loss"]) and report["tokens"] == 40 * 24
+    assert report["steps"] == 40 // batch == len(report["train_loss"]) and report["tokens"] == 40 * 24
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
@@ -454,6 +455,41 @@ def test_the_verb_heals_a_folder(capsys: pytest.CaptureFixture[str], folder: Pat
     assert not validator.is_valid({**record, "zeros": {**record["zeros"], "lost": 1}})
 
 
+def test_the_verb_goes_block_by_block_and_a_packed_folder_holds_the_same_weights(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rarefy.cli.main import main
+    from rarefy.hub.load import load
+    from rarefy.hub.packed import dequantize
+    from rarefy.surgery import reconstruct
+
+    command = ("--tokens", "1k", "--course", "by-block:epochs=1", "--method", "int4-weights", "--teacher", str(folder / "dense"), "--lr", "0.01")
+    code, out, err = run(capsys, folder, *command, "--out", str(tmp_path / "whole"), "--json")
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["course"] == {"name": "by-block", "epochs": 1} and [b["name"] for b in record["blocks"]] == ["model.layers.0", "model.layers.1"]
+    assert all(b["after"] < b["before"] for b in record["blocks"]) and record["zeros"]["lost"] == 0
+    schema = json.loads((Path(__file__).parent.parent / "docs" / "schema" / "heal.v1.json").read_text())
+    assert pytest.importorskip("jsonschema").Draft202012Validator(schema).is_valid(record)
+    real = reconstruct._Walk._fit
+
+    def stop(walk: Any, index: int, *rest: Any) -> Any:
+        if index == 1:
+            raise KeyboardInterrupt
+        return real(walk, index, *rest)
+
+    monkeypatch.setattr(reconstruct._Walk, "_fit", stop)
+    code, _, err = run(capsys, folder, *command, "--out", str(tmp_path / "parts"))
+    assert code == 130 and "1 of 2 blocks are kept" in err
+    monkeypatch.undo()
+    code, _, err = run(capsys, folder, *command, "--out", str(tmp_path / "parts"))
+    assert code == 0 and "resumed after 1 of 2 blocks" in err
+    assert (tmp_path / "parts" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert main(["pack", str(tmp_path / "whole"), "--layout", "int4-asymmetric", "--out", str(tmp_path / "packed")]) == 0
+    again, kept = dequantize(load(tmp_path / "packed").model).state_dict(), saved(tmp_path / "whole")
+    assert json.loads((tmp_path / "packed" / "pack.json").read_text())["packed"] == 14 and all(torch.equal(again[k], v) for k, v in kept.items())
+
+
 def test_ctrl_c_keeps_the_checkpoint_and_the_same_command_ends_in_the_same_bytes(
     capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -491,7 +527,7 @@ def test_what_the_verb_refuses(capsys: pytest.CaptureFixture[str], folder: Path,
         (("--train-text", held, *out), 5, "cannot be held out"),
         (("--train-text", str(shared), "--tokens", "4k", *out), 5, " runs of 64 tokens"),
         (("--lr", "1e30", "--tokens", "2k", *out), 2, "at step"),
-        (("--method", "none-such", *out), 2, "known are full, lors, masked-lora, spp"),
+        (("--method", "none-such", *out), 2, "known are full, int4-scales, int4-weights, lors, masked-lora, spp"),
         (("--tokens", "many", *out), 2, "written like 50k"),
         (("--tokens", "10M", *out), 2, "are needed"),
         (("--alpha", "2", "--teacher", str(folder / "dense"), *out), 2, "alpha lies in [0, 1]"),

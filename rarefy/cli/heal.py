@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,9 +27,9 @@ from rarefy.hub.load import Loaded
 from rarefy.hub.text import WINDOW, calibration_batches, heldout_ids
 from rarefy.probes.perplexity import perplexity
 from rarefy.surgery.adapters import Adaptation
+from rarefy.surgery.courses import Course
 from rarefy.surgery.distil import Teacher
 from rarefy.surgery.heal import Training, pruned_sites
-from rarefy.surgery.heal import heal as heal_model
 from rarefy.weights.checkpoint import Checkpoint
 
 RECORD = "heal.json"
@@ -36,7 +37,8 @@ RUN = 64  # so many tokens in a row in both texts mean that they overlap
 
 EPILOG = (
     "Examples:  rarefy heal half --tokens 50k --out healed   ·   rarefy heal half --method lors:rank=8 --teacher demo --tokens 20k --out healed   ·   "
-    "rarefy heal half --method full --lr 2e-5 --train-text mine.txt --out healed --json"
+    "rarefy heal half --method full --lr 2e-5 --train-text mine.txt --out healed --json   ·   "
+    "rarefy heal half --course by-block --method int4-weights --teacher demo --out rounded"
 )
 
 
@@ -45,7 +47,8 @@ def heal(
     model: Annotated[str, typer.Argument(help="A pruned model: a folder, or a Hugging Face name.")],
     out: Annotated[str | None, typer.Option(help="The folder to write; default: the model's folder with -healed.")] = None,
     tokens: Annotated[str, typer.Option(help="Training tokens, each seen once: 50k, 2M, 8192.")] = "50k",
-    method: Annotated[str, typer.Option(help="spp, lors, masked-lora or full, with options such as spp:rank=8.")] = "spp",
+    method: Annotated[str, typer.Option(help="spp, lors, masked-lora, full, int4-weights or int4-scales, with options such as spp:rank=8.")] = "spp",
+    course: Annotated[str, typer.Option(help="end-to-end, or by-block:epochs=2: each block against the --teacher's.")] = "end-to-end",
     lr: Annotated[float | None, typer.Option(help="Learning rate; default: the method's own.")] = None,
     batch: Annotated[int, typer.Option(help="Windows a step.", min=1)] = 1,
     decay: Annotated[float, typer.Option(help="Weight decay of what learns.", min=0.0)] = 0.0,
@@ -64,13 +67,13 @@ def heal(
     as_json: Json = False,
 ) -> None:
     """Train a pruned model back without losing a zero, and write it as a plain folder."""
-    chosen, wanted = names.part(Adaptation, method), count(tokens)
+    chosen, path, wanted = names.part(Adaptation, method), names.part(Course, course), count(tokens)
     how = Training(lr=lr, batch=batch, decay=decay, recompute=recompute, save_every=save_every, seed=seed)
     whole = Path(out or _beside(model)).absolute()
     check_out(whole, model, teacher, force=force)
     _refuse_same_text(train_text, text)
-    checkpoint = Checkpoint(whole.with_name(f"{whole.name}.partial"), replace=force, on_resume=_say_resumed)
-    with checkpoint.locked(), resumable(finished(checkpoint, "steps")):
+    checkpoint = Checkpoint(whole.with_name(f"{whole.name}.partial"), replace=force, on_resume=partial(_say_resumed, path.unit))
+    with checkpoint.locked(), resumable(finished(checkpoint, path.unit)):
         clear_drafts(whole)
         loaded = load(model, dtype=dtype, device=device)
         need_plain(loaded)
@@ -80,10 +83,11 @@ def heal(
         before = _score(loaded, held_out)
         began = time.monotonic()
         with bars(as_json) as progress:
-            found = heal_model(loaded.model, windows, chosen, teacher=parent, training=how, checkpoint=checkpoint, progress=progress)
+            found = path.run(loaded.model, windows, chosen, teacher=parent, training=how, checkpoint=checkpoint, progress=progress)
         timings = {"heal_s": time.monotonic() - began}
         record = {
             **_record(model, found, before, _score(loaded, held_out)),
+            "course": {"name": path.name, **vars(path)},
             "options": {**vars(chosen), "lr": chosen.lr if lr is None else lr, "batch": batch, "decay": decay, "seed": seed},
             "teacher": None if teacher is None else {"model": teacher, "alpha": alpha, "temperature": temperature},
             "text": {"train": train_text or "embedded", "held_out": text or "embedded", "held_out_tokens": before["tokens"], "window": before["window"]},
@@ -166,7 +170,7 @@ def _record(model: str, found: dict[str, Any], before: dict[str, Any], after: di
         "loss_after": _loss(after),
         "perplexity_before": {"value": before["perplexity"], "interval": before["interval"]},
         "perplexity_after": {"value": after["perplexity"], "interval": after["interval"]},
-        **{k: found[k] for k in ("zeros", "trained_parameters", "matrices", "train_loss")},
+        **{k: v for k, v in found.items() if k not in ("method", "tokens", "steps")},
     }
 
 
@@ -199,8 +203,8 @@ def _card(r: dict[str, Any]) -> str:
     )
 
 
-def _say_resumed(done: int, steps: int) -> None:
-    err.print(f"resumed after {done} of {steps} steps", highlight=False)
+def _say_resumed(unit: str, done: int, total: int) -> None:
+    err.print(f"resumed after {done} of {total} {unit}", highlight=False)
 
 
 def _draw(r: dict[str, Any]) -> None:

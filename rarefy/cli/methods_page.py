@@ -14,6 +14,7 @@ from rarefy.core.discover import gatings, methods, recipes, train_recipes
 from rarefy.core.errors import RarefyError
 from rarefy.core.records import Gating, Paper, Phase, Recipe, TrainRecipe
 from rarefy.surgery.adapters import Adaptation
+from rarefy.surgery.courses import Course
 
 ROLES = (
     roles.Criterion,
@@ -35,6 +36,7 @@ ROLES = (
     roles.Sharing,
     roles.Task,
     Adaptation,
+    Course,
 )
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 DENSITY, STEPS = 0.1, 1000  # what a training recipe is shown at

@@ -37,7 +37,7 @@ def prune(
     out: Out,
     recipe: Annotated[str, typer.Option(help="See `rarefy methods`.")] = "sparsegpt",
     density: Annotated[float, typer.Option(help="Fraction of the weights that is kept.")] = 0.5,
-    pattern: Annotated[str | None, typer.Option(help="matrix, row, 2:4, 2:4:16, block:4x1, rows, columns; default: the recipe's.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="matrix, row, 2:4, 2:4:16, block:4x1, row-block:1x32, rows, columns; default: the recipe's.")] = None,
     criterion: Annotated[str | None, typer.Option(help="Replace the recipe's solver by keeping what this criterion rates best.")] = None,
     allocation: Annotated[str | None, typer.Option(help="Replace the recipe's allocation, e.g. outlier-share:spread=0.1.")] = None,
     include: Annotated[list[str] | None, typer.Option(help="Only modules that match this glob; may be repeated.")] = None,
