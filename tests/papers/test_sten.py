@@ -383,6 +383,7 @@ def test_state_dicts_copies_export_autocast_and_a_foreign_sparsifier() -> None:
     assert half.dtype == torch.bfloat16 and torch.equal(half, want)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(model(x), dense(x))
+        assert torch.equal(set_formats(mlp(), {"0.weight": WeightFormat(layout="bitmask")})(x), mlp()(x))
     half.float().square().sum().backward()
     want.float().square().sum().backward()
     assert torch.equal(model[0].bias.grad, dense[0].bias.grad) and torch.equal(model[0].weight.grad, dense[0].weight.grad)
