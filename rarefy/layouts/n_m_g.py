@@ -72,18 +72,19 @@ class NofMofG(Layout):
         chosen = w.new_zeros(shape[0], -(-shape[1] // best[1]), dtype=torch.long)
         for m in self.groups:
             present = _chunks(w, m) != 0
-            for form in self._forms(present):
+            for form, found in self._forms(present):
                 if (_bytes(shape, form, w.dtype), form[0]) < (_bytes(shape, best, w.dtype), best[0]):
-                    held = _held(present, form)
+                    held = _held(present, form, found)
                     best, chosen = (best, chosen) if held is None else (form, held)
         return best, chosen
 
-    def _forms(self, present: Tensor) -> Iterator[Form]:
-        """Those with n < m that may hold [O, K, m]: n is the most that a chunk keeps, and half the slots would be used."""
+    def _forms(self, present: Tensor) -> Iterator[tuple[Form, Tensor]]:
+        """Those with n < m that may hold [O, K, m], and its `kinds`: n is the most that a chunk keeps, and half the slots would be used."""
         counts, m = present.sum(-1), present.shape[2]
         n = max(1, int(counts.max())) if counts.numel() else 1
         if n < m and 2 * int(counts.sum()) >= n * counts.numel():
-            yield from ((n, m, g) for g in self.repeats if math.comb(m, n) * g <= MOST)
+            found = kinds(present, n)
+            yield from (((n, m, g), found) for g in self.repeats if math.comb(m, n) * g <= MOST)
 
     def check(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype, name: str) -> None:
         if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() < 64:
@@ -105,11 +106,10 @@ class NofMofG(Layout):
         return NofMofGMatrix(values.view(*index.shape, n), index, n, m, g, shape)
 
 
-def _held(present: Tensor, form: Form) -> Tensor | None:
+def _held(present: Tensor, form: Form, found: Tensor) -> Tensor | None:
     """Each row's pattern in each chunk of [O, K, m], or None where none is found that covers what is there."""
     n, m, g = form
-    found, ways = kinds(present, n), math.comb(m, n)
-    if bool((tally(found, ways, g) > g).any()):
+    if bool((tally(found, math.comb(m, n), g) > g).any()):
         return None
     chosen = found if bool((found >= 0).all()) else assign(present.double(), n, g)
     return None if bool((present & ~kept(present, chosen, n)).any()) else chosen
