@@ -25,7 +25,7 @@ Form = tuple[int, int, int]  # n, m, g
 
 @dataclass(frozen=True)
 class NofMofG(Layout):
-    """The n:m:g with m in `groups` that holds the matrix in the fewest bytes, with the first g in `repeats` that does; n = m holds any.
+    """The n:m:g with m in `groups` and g in `repeats` that holds the matrix in the fewest bytes; n = m holds any.
 
     Sections: n, m and g (two bytes, one byte each for n and m, two for g); the row of each slot inside its group of
     R = C(m, n) g rows, [G, K, R], a byte where R <= 256 and two elsewhere; values [G, K, R, n]. Slots lie by pattern, in
@@ -68,25 +68,23 @@ class NofMofG(Layout):
     def _found(self, w: Tensor) -> tuple[Form, Tensor]:
         """The form of the fewest bytes that holds the matrix, and each row's pattern in each chunk."""
         shape = (w.shape[0], w.shape[1])
-        held = [found for m in self.groups for found in self._held(_chunks(w, m) != 0)]
-        return min(held, key=lambda found: _bytes(shape, found[0], w.dtype))
+        best = min(((m, m, 1) for m in self.groups), key=lambda form: _bytes(shape, form, w.dtype))
+        chosen = w.new_zeros(shape[0], -(-shape[1] // best[1]), dtype=torch.long)
+        for m in self.groups:
+            present = _chunks(w, m) != 0
+            for form, found in self._forms(present):
+                if (_bytes(shape, form, w.dtype), form[0]) < (_bytes(shape, best, w.dtype), best[0]):
+                    held = _held(present, form, found)
+                    best, chosen = (best, chosen) if held is None else (form, held)
+        return best, chosen
 
-    def _held(self, present: Tensor) -> Iterator[tuple[Form, Tensor]]:
-        """The forms that hold [O, K, m]. n < m is tried where n is the most that a chunk keeps, and half the slots would be used."""
-        m = present.shape[2]
-        counts = present.sum(-1)
+    def _forms(self, present: Tensor) -> Iterator[tuple[Form, Tensor]]:
+        """Those with n < m that may hold [O, K, m], and its `kinds`: n is the most that a chunk keeps, and half the slots would be used."""
+        counts, m = present.sum(-1), present.shape[2]
         n = max(1, int(counts.max())) if counts.numel() else 1
-        yield (m, m, 1), torch.zeros_like(counts)
-        if n == m or 2 * int(counts.sum()) < n * counts.numel():
-            return
-        found, ways = kinds(present, n), math.comb(m, n)
-        for g in self.repeats:
-            if ways * g > MOST or bool((tally(found, ways, g) > g).any()):
-                continue
-            chosen = found if bool((counts == n).all()) else assign(present.double(), n, g)
-            if not bool((present & ~kept(present, chosen, n)).any()):
-                yield (n, m, g), chosen
-                return
+        if n < m and 2 * int(counts.sum()) >= n * counts.numel():
+            found = kinds(present, n)
+            yield from (((n, m, g), found) for g in self.repeats if math.comb(m, n) * g <= MOST)
 
     def check(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype, name: str) -> None:
         if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() < 64:
@@ -106,6 +104,15 @@ class NofMofG(Layout):
         index = _index(packed, shape, form, dtype)
         values = aligned(split(packed, _sections(shape, form, dtype))[2], dtype)
         return NofMofGMatrix(values.view(*index.shape, n), index, n, m, g, shape)
+
+
+def _held(present: Tensor, form: Form, found: Tensor) -> Tensor | None:
+    """Each row's pattern in each chunk of [O, K, m], or None where none is found that covers what is there."""
+    n, m, g = form
+    if bool((tally(found, math.comb(m, n), g) > g).any()):
+        return None
+    chosen = found if bool((found >= 0).all()) else assign(present.double(), n, g)
+    return None if bool((present & ~kept(present, chosen, n)).any()) else chosen
 
 
 def _filled(chosen: Tensor, size: int, g: int) -> Tensor:

@@ -383,6 +383,7 @@ def test_state_dicts_copies_export_autocast_and_a_foreign_sparsifier() -> None:
     assert half.dtype == torch.bfloat16 and torch.equal(half, want)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(model(x), dense(x))
+        assert torch.equal(set_formats(mlp(), {"0.weight": WeightFormat(layout="bitmask")})(x), mlp()(x))
     half.float().square().sum().backward()
     want.float().square().sum().backward()
     assert torch.equal(model[0].bias.grad, dense[0].bias.grad) and torch.equal(model[0].weight.grad, dense[0].weight.grad)
@@ -394,6 +395,20 @@ def test_state_dicts_copies_export_autocast_and_a_foreign_sparsifier() -> None:
     assert torch.equal(model[0].weight != 0, mask)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_scaled_gradients_keep_the_pattern_and_a_skipped_step_changes_nothing() -> None:
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    set_formats(model, {"0.weight": FORM}, optimizer)
+    mask, scaler = model[0].weight.detach() != 0, torch.amp.GradScaler("cpu", init_scale=8.0)
+    for factor in (1.0, float("inf"), 1.0):
+        before = model[0].weight.detach().clone()
+        optimizer.zero_grad()
+        scaler.scale(model(normal(4, 8)).square().mean() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(model[0].weight != 0, mask) and torch.equal(model[0].weight, before) == (factor != 1.0)
 
 
 def test_a_weight_is_laid_down_again_when_it_changes_and_only_its_own_optimizer_is_followed() -> None:
