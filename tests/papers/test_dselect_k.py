@@ -120,13 +120,13 @@ def planted(gate: Callable[..., nn.Module], entropy: float, seed: int, tasks: in
 
 
 def finds_planted(gate: Callable[..., nn.Module], entropy: float) -> None:
-    """In at least 80% of the tasks, on average over three seeds, exactly the planted experts are used.
+    """In at least 80% of the tasks, on average over two seeds, exactly the planted experts are used.
 
-    They gave 88, 80 and 93%; without the entropy 75, 53 and 88%, and a top-2 softmax of as many experts 38, 28 and 35%.
+    Seeds 0, 1 and 2 gave 88, 80 and 93%; without the entropy 75, 53 and 88%, and a top-2 softmax of as many experts 38, 28 and 35%.
     """
-    found = [planted(gate, entropy, seed) for seed in range(3)]
+    found = [planted(gate, entropy, seed) for seed in range(2)]
     shares = [float((used == wanted).all(1).float().mean()) for used, wanted in found]
-    assert sum(shares) / 3 >= 0.8, shares
+    assert sum(shares) / 2 >= 0.8, shares
 
 
 class TopTwo(nn.Module):

@@ -177,11 +177,10 @@ def test_dead_experts_empty_batches_and_what_is_refused() -> None:
         ExpertChoice(group="owner")(Scores(torch.zeros(3, 2)), Context())
 
 
-def test_the_router_learns_and_one_graph_suffices() -> None:
+def test_the_router_learns() -> None:
     torch.manual_seed(0)
     moe, x = MoE(Linear(6, 4), ExpertChoice(2.0), GLU(4, 6, 5)), torch.randn(12, 6)
     moe(x).square().sum().backward()
     (learned,) = moe.affinity.parameters()
     assert learned.grad is not None and learned.grad.abs().sum() > 1e-3
-    torch.testing.assert_close(torch.compile(moe, backend="aot_eager", fullgraph=True)(x), moe(x))
     assert replace(ExpertChoice(2.0)) == ExpertChoice(2.0)

@@ -46,7 +46,7 @@ def selections(z: Tensor, experts: int, gamma: float) -> Tensor:
     return torch.where(code, on, 1 - on).prod(-1)
 
 
-class _Gate(Affinity):
+class _Gate(nn.Module):
     """What the two gates share: from z [..., k, m] and w [..., k] to scores."""
 
     def __init__(self, experts: int, selectors: int, gamma: float, entropy: float) -> None:
@@ -73,7 +73,7 @@ class _Gate(Affinity):
         return losses
 
 
-class Selectors(_Gate):
+class Selectors(_Gate, Affinity):
     """Score experts per row: ``q = sum_i softmax(w)_i r_i``, k selectors r_i of one expert each, z and w linear in the row.
 
     x [R, d] of any float type -> float32 Scores with logits q [R, E] >= 0 that add up to at most 1: choose with `DSelect`. Every bit
@@ -104,7 +104,7 @@ class Selectors(_Gate):
             return self._scores(z, nn.functional.linear(seen, self.w.weight.float(), self.w.bias.float()), len(x), context)
 
 
-class StaticSelectors(_Gate):
+class StaticSelectors(_Gate, Affinity):
     """Score experts alike for every row: as `Selectors`, z [k, m] and w [k] being parameters. One per task over one bank is multi-task learning.
 
     >>> gate = StaticSelectors(8, 4)
