@@ -16,6 +16,7 @@ from rarefy.core.errors import BadInput, Refused
 from rarefy.hub.packed import PackedLinear
 from rarefy.hub.plan import DTYPES
 from rarefy.kernels.dense import DenseMatrix
+from rarefy.kernels.library import native
 from rarefy.layouts import LAYOUTS
 from rarefy.runtime.decoder import Block, Decoder, KeyValues, Sizes
 
@@ -219,4 +220,10 @@ def _matrix(module: Any, where: str, weights: Float32) -> tuple[Any, Tensor | No
         return DenseMatrix(weights.tensor(module.weight)), bias
     if not isinstance(module, PackedLinear):
         raise BadInput(f"{where} is a {type(module).__name__}", "the native decoder computes plain and packed linear layers", "run it through transformers")
-    return weights.packed(module), bias
+    found = weights.packed(module)
+    extension = native()
+    if extension is not None and not hasattr(extension.Decoder, found.kind):
+        raise BadInput(
+            f"{where} in layout {module.layer.layout}", "the native decoder does not read that layout", "run it through transformers, or pack it as bitmask, int8 or int4"
+        )
+    return found, bias
