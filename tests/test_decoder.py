@@ -15,11 +15,13 @@ from rarefy.activations.rows import collect_rows
 from rarefy.core.attach import attach_gate, gated
 from rarefy.core.errors import BadInput, Refused
 from rarefy.kernels.library import available, instruction_set, native
+from rarefy.layouts import LAYOUTS
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(native() is None, reason="the native kernels were not built here")
 
 from rarefy.hub.decoder import PLACES, UNITS, DecoderCache, use_decoder  # noqa: E402
+from rarefy.hub.engines import use_engine  # noqa: E402
 from rarefy.hub.load import load  # noqa: E402
 from rarefy.hub.packed import dequantize, save_packed  # noqa: E402
 
@@ -184,6 +186,20 @@ def test_half_precision_weights_are_copied_to_float32(tmp_path, dtype, layout):
     dense = 4 * sum(p.numel() for p in whole.parameters())
     copied = {None: (dense, dense), "bitmask": (0.5 * dense, 0.75 * dense), "int8": (4 * 68 * 48, 4 * 68 * 48)}[layout]  # int8: the tied embedding and seven norms
     assert copied[0] <= fast.rarefy_copied_bytes <= copied[1]
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_a_model_in_any_layout_decodes_natively_or_says_what_does_not(tmp_path, layout):
+    model = llama()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("proj.weight"):
+                p.view(-1, 4)[:, 1:] = 0
+    save_packed(model, None, tmp_path / "packed", layout)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    engine = use_engine(again)
+    assert engine.startswith("rarefy") or f"model.layers.0 q in layout {layout}: the native decoder does not read that layout" in engine
+    assert again.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, min_new_tokens=2).shape == (1, 5)
 
 
 def test_other_models_hooks_and_dtypes_are_refused():

@@ -548,6 +548,20 @@ def test_what_the_verb_refuses(capsys: pytest.CaptureFixture[str], folder: Path,
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize("broken", ["[", "3", "\xff"])
+def test_a_damaged_record_of_prune_is_refused_before_the_work(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = shutil.copytree(folder / "half", tmp_path / "half")
+    (half / "prune.json").write_text(broken, encoding="latin-1")
+    monkeypatch.setattr("rarefy.cli.heal.heal_model", lambda *_, **__: pytest.fail("the work was begun"))
+    from rarefy.cli.main import main
+
+    assert main(["heal", str(half), "--out", str(tmp_path / "out"), "--train-text", str(folder / "train.txt"), "--text", str(folder / "held.txt"), "--tokens", "512"]) == 3
+    assert "half/prune.json: it is not a record of prune" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
 def test_the_result_has_a_name_of_its_own(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     assert run(capsys, folder, "--tokens", "256", "--method", "full")[0] == 0
     assert (folder / "half-healed" / "heal.json").is_file()

@@ -18,11 +18,12 @@ PAGE = (Path(__file__).parent.parent / "docs" / "first-five-minutes.md").read_te
 def test_every_command_of_the_tutorial_runs(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     commands = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
-    assert len(commands) == 5
+    assert len(commands) == 7
     for command in commands:
         argv = shlex.split(command.replace("MODEL", tiny).replace("TEXT", f"{tiny}/text.txt"))
         assert main(argv[1:]) == 0, command
     assert (tmp_path / "half" / "report.html").is_file()
+    assert (tmp_path / "half-plain" / "model.safetensors").read_bytes() == (tmp_path / "half" / "model.safetensors").read_bytes()
 
 
 def test_the_python_of_the_tutorial_runs() -> None:

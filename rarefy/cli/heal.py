@@ -20,7 +20,7 @@ from rarefy.cli.main import app
 from rarefy.cli.output import bars, err, line, show
 from rarefy.cli.prune import need_tokenizer, versions
 from rarefy.cli.resuming import finished, resumable
-from rarefy.core.errors import BadInput, Refused
+from rarefy.core.errors import BadFile, BadInput, Refused
 from rarefy.hub.export import RECORD as PRUNED
 from rarefy.hub.export import clear_drafts, save_dense
 from rarefy.hub.load import Loaded
@@ -78,6 +78,7 @@ def heal(
         loaded = load(model, dtype=dtype, device=device)
         need_plain(loaded)
         pruned_sites(loaded.model)
+        origin = _origin(loaded.source)  # read before the work, so that a damaged one loses none
         parent = None if teacher is None else Teacher(_parent(load(teacher, dtype=dtype, device=device), loaded), alpha, temperature)
         windows, held_out = texts(loaded, wanted, train_text, text, eval_tokens, seed)
         before = _score(loaded, held_out)
@@ -91,7 +92,7 @@ def heal(
             "options": {**vars(chosen), "lr": chosen.lr if lr is None else lr, "batch": batch, "decay": decay, "seed": seed},
             "teacher": None if teacher is None else {"model": teacher, "alpha": alpha, "temperature": temperature},
             "text": {"train": train_text or "embedded", "held_out": text or "embedded", "held_out_tokens": before["tokens"], "window": before["window"]},
-            "pruned": _origin(loaded.source),
+            "pruned": origin,
             "threads": torch.get_num_threads(),
             "versions": versions(),
         }
@@ -184,7 +185,10 @@ def _origin(source: Path) -> dict[str, Any] | None:
     path = source / PRUNED
     if not path.is_file():
         return None
-    record = json.loads(path.read_text())
+    try:
+        record = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise BadFile(str(path), f"it is not a record of prune ({type(error).__name__}: {error})", "delete it, or prune again") from error
     return {key: record.get(key) for key in ("model", "recipe", "pattern", "density")}
 
 

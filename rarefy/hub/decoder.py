@@ -19,6 +19,7 @@ from rarefy.hub.packed import PackedEmbedding, PackedLinear
 from rarefy.hub.plan import DTYPES
 from rarefy.kernels.columns import ColumnsMatrix
 from rarefy.kernels.dense import DenseMatrix
+from rarefy.kernels.library import native
 from rarefy.layouts import LAYOUTS
 from rarefy.runtime.decoder import LINEARS, Block, Decoder, KeyValues, Sizes
 from rarefy.runtime.sieves import sieve
@@ -267,4 +268,10 @@ def _matrix(module: Any, where: str, weights: Float32) -> tuple[Any, Tensor | No
         return DenseMatrix(weight) if weight.is_contiguous() else ColumnsMatrix(weight.t()), bias
     if kind is not PackedLinear:
         raise BadInput(f"{where} is a {kind.__name__}", "the native decoder computes plain and packed linear layers", "run it through transformers")
-    return weights.packed(module), bias
+    found = weights.packed(module)
+    extension = native()
+    if extension is not None and not hasattr(extension.Decoder, found.kind):
+        raise BadInput(
+            f"{where} in layout {module.layer.layout}", "the native decoder does not read that layout", "run it through transformers, or pack it as bitmask, int8 or int4"
+        )
+    return found, bias
