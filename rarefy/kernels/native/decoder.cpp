@@ -104,8 +104,7 @@ private:
       for (i64 row : mine.rows) run.bitmask(*b, x, nullptr, s.up.data(), 1, row, row + 1);
     } else {
       const Grouped& g = std::get<Grouped>(up.weight);
-      const Rounded& codes = rounded(x, 1, g.columns);
-      for (i64 row : mine.rows) run.grouped(g, codes, nullptr, s.up.data(), 1, row, row + 1);
+      run.grouped_some(g, rounded(x, 1, g.columns), s.up.data(), mine.rows.data(), i64(mine.rows.size()));
     }
   }
 

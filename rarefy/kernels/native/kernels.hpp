@@ -112,6 +112,7 @@ struct Kernels {
   void (*dense_some)(const Dense&, const float* x, float* y, const i64* rows, i64 count); // only these rows of y, for one row of x
   void (*columns)(const Columns&, const float* x, const float* bias, float* y, i64 batch, i64 from, i64 to);
   void (*grouped)(const Grouped&, const Rounded& x, const float* bias, float* y, i64 batch, i64 from, i64 to);
+  void (*grouped_some)(const Grouped&, const Rounded& x, float* y, const i64* rows, i64 count);
   void (*grouped_columns)(const GroupedColumns&, const Rounded& x, const float* bias, float* y, i64 batch, i64 from, i64 to); // from .. to are strips
   void (*round)(const float* x, i64 batch, i64 columns, const Rounded& out);
   // For few rows of x: x is [B, wide * width], padded by zeros. from .. to are rows of blocks.
