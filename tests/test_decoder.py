@@ -324,6 +324,22 @@ def test_gated_integer_layers_decode_as_transformers_does(layout, tmp_path):
     assert (errors < 1e-3).double().mean() > 0.9
 
 
+def test_threads_give_the_same_bits_of_gated_integer_layers(tmp_path):
+    def packed(model):
+        save_packed(model, None, tmp_path / "packed", "int4")
+        return load(tmp_path / "packed").model
+
+    _, fast = gated_pair((*LINEAR_PLACES, UNITS), GATES["threshold"], packed, intermediate_size=200)
+    ids, before, seen = torch.randint(1, 61, (2, 12)), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            seen.append(decoded(fast, ids, 5))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+
+
 def test_a_turned_layer_no_longer_saves_as_the_layer_of_its_plan(tmp_path):
     model = llama()
     attach_gate(model, "model.layers.0.mlp.down_proj", TopK(0.5))

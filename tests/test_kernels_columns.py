@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rarefy.core.errors import BadFile
 from rarefy.kernels.columns import ColumnsMatrix, reference
+from rarefy.kernels.grouped.reference import rounded
+from rarefy.kernels.grouped_columns import GroupedColumnsMatrix
+from rarefy.kernels.grouped_columns.reference import codes_of, columns_of
 from rarefy.kernels.library import SWITCH, available, instruction_set, native, pointer
 from rarefy.kernels.samples import samples
+from rarefy.layouts import LAYOUTS
 from tests.test_kernels import GUARD, NATIVE, assert_is_product, poisoned
 
 SHAPES = ((1, 1), (7, 13), (576, 1536), (3, 700), (200, 5))
@@ -118,3 +123,111 @@ def test_columns_from_python_are_checked():
         native().columns_linear(0, 3, 4, pointer(x), 0, pointer(x), 1, 1)
     with pytest.raises(ValueError, match="rows and columns"):
         native().columns_linear(pointer(values), 0, 4, pointer(x), 0, pointer(x), 1, 1)
+
+
+INTEGERS = ("int8", "int4", "int4-asymmetric")
+ODD = ((1, 1), (7, 13), (64, 32), (65, 33), (130, 64), (576, 700), (2100, 40))
+
+
+def by_columns(name, weight):
+    """The matrix by rows and by columns of one layout's bytes, the latter with NaN and other bytes around all that it keeps."""
+    shape, layout, twin = tuple(weight.shape), LAYOUTS[name], LAYOUTS[name + "-columns"]
+    packed = layout.pack(weight)
+    rows, columns = layout.matrix(packed, shape, torch.float32), twin.matrix(twin.turn(packed, shape, torch.float32), shape, torch.float32)
+    scale, zero = (None if t is None else poisoned(t) for t in (columns.scale, columns.zero))
+    return rows, GroupedColumnsMatrix(poisoned(columns.codes), scale, zero, shape, columns.bits)
+
+
+def assert_is_rounded_product(y, x, matrix, bias):
+    """Within float32 roundings of the product of the rounded x, relative to the terms that were added: |scale code| + |zero| each."""
+    weight = matrix.dense()
+    zero = matrix.scale.float() * 2 ** (matrix.bits - 1) if matrix.zero is None else matrix.zero.float().abs()
+    parts = weight.abs() + 2 * zero.t()[: matrix.rows].repeat_interleave(32, 1)[:, : matrix.columns]
+    assert_is_product(y, rounded(x), weight, bias, parts)
+
+
+@NATIVE
+@pytest.mark.parametrize("isa", available())
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
+def test_integer_columns_are_the_product_of_rounded_inputs(isa, name, density):
+    with instruction_set(isa):
+        for rows, columns in ODD:
+            weight, bias = torch.randn(rows, columns), torch.randn(rows)
+            weight[rows // 2] = 0.0
+            by_rows, matrix = by_columns(name, weight)
+            assert matrix.fast and torch.equal(matrix.dense(), by_rows.dense())
+            for batch, threads in ((1, 1), (1, 2), (3, 2), (16, 1)):
+                x = poisoned(sparse_rows(batch, columns, density, rows + batch))
+                y = written(matrix, native().grouped_columns_linear, x, bias, threads)
+                assert_is_rounded_product(y, x, matrix, bias)
+
+
+@NATIVE
+@pytest.mark.parametrize("isa", available())
+@pytest.mark.parametrize("name", INTEGERS)
+def test_extreme_codes_do_not_overflow(isa, name):
+    """The largest code in 31 columns of every group: 31 * 15 * 127 is more than 16 bits hold, 31 * 255 * 127 more than 8-bit products add up to."""
+    weight = torch.full((70, 128), 7.0)
+    weight[:, ::32] = -8.0
+    x = torch.stack([torch.ones(128), -torch.ones(128)])
+    with instruction_set(isa):
+        _, matrix = by_columns(name, weight)
+        assert_is_rounded_product(matrix.linear(x), x, matrix, None)
+
+
+@NATIVE
+@pytest.mark.parametrize("isa", available())
+@pytest.mark.parametrize("name", INTEGERS)
+def test_codes_and_scales_of_skipped_columns_are_never_read(isa, name):
+    weight, x = torch.randn(150, 160), sparse_rows(2, 160, 0.5)
+    x[:, 64:96] = 0.0
+    _, clean = by_columns(name, weight)
+    live = (rounded(x) != 0).any(0)
+    codes = codes_of(clean.codes, clean.bits)
+    codes[:, ~live] ^= 255 if clean.bits == 8 else 15
+    scale = clean.scale.clone()
+    scale[2] = NAN
+    spoilt = GroupedColumnsMatrix(columns_of(codes.contiguous(), clean.bits), scale, clean.zero, (150, 160), clean.bits)
+    with instruction_set(isa):
+        assert torch.equal(spoilt.linear(x[:1]), clean.linear(x[:1])) and torch.equal(spoilt.linear(x), clean.linear(x))
+        x[0, 70] = 1.0
+        assert not torch.equal(spoilt.linear(x[:1]), clean.linear(x[:1]))
+
+
+@NATIVE
+def test_threads_do_not_change_a_bit_of_integer_columns():
+    _, matrix = by_columns("int4", torch.randn(700, 300))
+    x, before, seen = sparse_rows(1, 300, 0.5), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            seen.append(matrix.linear(x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integer_columns_keep_what_rows_hold(name):
+    weight = torch.randn(90, 70)
+    weight[:, 32:64] = 0.0
+    weight[3] = 0.0
+    rows, columns = by_columns(name, weight)
+    assert torch.equal(rows.dense(), columns.dense()) and not columns.dense()[3].any() and not columns.dense()[:, 32:64].any()
+    many, bias = torch.randn(40, 70), torch.randn(90)
+    assert torch.allclose(columns.linear(many, bias), torch.nn.functional.linear(many, rows.dense(), bias), atol=1e-5)
+    assert columns.linear(torch.zeros(0, 70), bias).shape == (0, 90)
+
+
+def test_integer_columns_that_do_not_fit_are_refused():
+    _, matrix = by_columns("int4", torch.randn(70, 40))
+    with pytest.raises(BadFile, match="70 x 80 by columns: it takes 3 groups of 2 strips"):
+        GroupedColumnsMatrix(matrix.codes, matrix.scale, None, (70, 80), 4)
+    if native() is not None:
+        x = torch.randn(1, 70)
+        codes, size, scale, zero, scales, *rest = matrix.arguments()
+        with pytest.raises(ValueError, match="the codes or scales are not those of rows and columns"):
+            native().grouped_columns_linear(codes, size - 32, scale, zero, scales, *rest, pointer(x), 0, pointer(x), 1, 1)
+        with pytest.raises(ValueError, match="4 or 8 bits"):
+            native().grouped_columns_linear(codes, size, scale, zero, scales, 70, 40, 5, pointer(x), 0, pointer(x), 1, 1)

@@ -1,4 +1,5 @@
 // AVX2 and FMA: 8 lanes.
+#include "strips.hpp"
 #include "table.hpp"
 #include "turn8.hpp"
 #include <immintrin.h>
@@ -26,7 +27,7 @@ struct Fronts {
 };
 constexpr Fronts fronts;
 
-struct Avx2 {
+struct Avx2 : Strips {
   static constexpr int width = 8;
   using reg = __m256;
   static reg zero() { return _mm256_setzero_ps(); }

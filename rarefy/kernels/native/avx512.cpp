@@ -1,11 +1,12 @@
 // AVX-512 (F, BW, VL, DQ, VNNI): 16 lanes, and an instruction that expands packed values under a mask.
+#include "strips.hpp"
 #include "table.hpp"
 #include "turn8.hpp"
 #include <immintrin.h>
 
 namespace rarefy {
 namespace {
-struct Avx512 {
+struct Avx512 : Strips {
   static constexpr int width = 16;
   using reg = __m512;
   static reg zero() { return _mm512_setzero_ps(); }

@@ -27,6 +27,8 @@ rarefy::Blocks blocks_of(std::uintptr_t index, std::uintptr_t starts, std::uintp
                          rarefy::i64 height, rarefy::i64 width);
 rarefy::NofM n_of_m_of(std::uintptr_t values, std::uintptr_t positions, rarefy::i64 rows, rarefy::i64 columns, int n, int m);
 rarefy::Columns columns_of(std::uintptr_t values, rarefy::i64 rows, rarefy::i64 columns);
+rarefy::GroupedColumns grouped_columns_of(std::uintptr_t codes, rarefy::i64 bytes, std::uintptr_t scale, std::uintptr_t zero, rarefy::i64 scales, rarefy::i64 rows,
+                                         rarefy::i64 columns, int bits);
 void bind_sparse(nanobind::module_& m);
 void bind_columns(nanobind::module_& m);
 void bind_decoder(nanobind::module_& m);

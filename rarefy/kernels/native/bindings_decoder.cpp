@@ -51,6 +51,11 @@ struct Decoder {
     put(layer, where, grouped_of(codes, scale, zero, present, starts, stored, rows, columns, bits), rows, columns, bias);
   }
 
+  void grouped_columns(i64 layer, const std::string& where, Address codes, i64 bytes, Address scale, Address zero, i64 scales, i64 rows, i64 columns, int bits, Address bias) {
+    put(layer, where, grouped_columns_of(codes, bytes, scale, zero, scales, rows, columns, bits), rows, columns, bias);
+    m.align = 64;
+  }
+
   // `where` is a linear of a layer, for what it reads, or units. Thresholds [channels] or one for all; or the largest `keep` of every `block`.
   void gate(i64 layer, const std::string& where, Address threshold, i64 channels, i64 keep, i64 block) {
     Layer& l = of(layer);
@@ -135,6 +140,7 @@ void bind_decoder(nb::module_& m) {
       .def("columns", &Decoder::columns)
       .def("bitmask", &Decoder::bitmask)
       .def("grouped", &Decoder::grouped)
+      .def("grouped_columns", &Decoder::grouped_columns)
       .def("gate", &Decoder::gate)
       .def("step", &Decoder::run);
 }

@@ -64,7 +64,7 @@ private:
   // up [N, inner] = silu(gate x), gated, times up x.
   void mlp(const Layer& w) {
     linear(w.gate, mine.in.data(), m.hidden, s.gate.data());
-    const Share rows(m.inner, t, all); // what this thread has just written
+    const Share rows = share(m.inner); // what this thread has just written
     for (i64 r = 0; r < n; r++)
       for (i64 i = rows.from; i < rows.to; i++) {
         float& g = s.gate[r * m.inner + i];
@@ -93,7 +93,7 @@ private:
 
   // The rows of up whose unit is not zero, for one token. Where columns are stored, rows are not: all of them.
   void some(const Projection& up, const float* units, const Share& share) {
-    if (std::holds_alternative<Columns>(up.weight)) return linear(up, mine.in.data(), m.hidden, s.up.data());
+    if (std::holds_alternative<Columns>(up.weight) || std::holds_alternative<GroupedColumns>(up.weight)) return linear(up, mine.in.data(), m.hidden, s.up.data());
     const float* x = gated(up.gate, mine.in.data(), 1, m.hidden);
     mine.rows.clear();
     for (i64 i = share.from; i < share.to; i++)
@@ -104,8 +104,7 @@ private:
       for (i64 row : mine.rows) run.bitmask(*b, x, nullptr, s.up.data(), 1, row, row + 1);
     } else {
       const Grouped& g = std::get<Grouped>(up.weight);
-      const Rounded& codes = rounded(x, 1, g.columns);
-      for (i64 row : mine.rows) run.grouped(g, codes, nullptr, s.up.data(), 1, row, row + 1);
+      run.grouped_some(g, rounded(x, 1, g.columns), s.up.data(), mine.rows.data(), i64(mine.rows.size()));
     }
   }
 
@@ -128,20 +127,25 @@ private:
 
   void product(const Linear& w, const float* x, const float* bias, float* y, i64 batch) {
     if (const Dense* d = std::get_if<Dense>(&w)) {
-      const Share rows(d->rows, t, all);
+      const Share rows = share(d->rows);
       run.dense(*d, x, bias, y, batch, rows.from, rows.to);
     } else if (const Columns* c = std::get_if<Columns>(&w)) {
-      const Share rows(c->rows, t, all);
+      const Share rows = share(c->rows);
       run.columns(*c, x, bias, y, batch, rows.from, rows.to);
     } else if (const Bitmask* b = std::get_if<Bitmask>(&w)) {
-      const Share rows(b->rows, t, all);
+      const Share rows = share(b->rows);
       run.bitmask(*b, x, bias, y, batch, rows.from, rows.to);
+    } else if (const Grouped* g = std::get_if<Grouped>(&w)) {
+      const Share rows = share(g->rows);
+      run.grouped(*g, rounded(x, batch, g->columns), bias, y, batch, rows.from, rows.to);
     } else {
-      const Grouped& g = std::get<Grouped>(w);
-      const Share rows(g.rows, t, all);
-      run.grouped(g, rounded(x, batch, g.columns), bias, y, batch, rows.from, rows.to);
+      const GroupedColumns& by = std::get<GroupedColumns>(w);
+      const Share rows = share(by.rows);
+      run.grouped_columns(by, rounded(x, batch, by.columns), bias, y, batch, rows.from / by.height(), (rows.to + by.height() - 1) / by.height());
     }
   }
+
+  Share share(i64 rows) const { return {rows, t, all, m.align}; }
 
   // x [N, hidden] += in W^T, this thread's rows.
   void add_linear(const Projection& w, const float* in, i64 columns) {
@@ -149,7 +153,7 @@ private:
     std::vector<float>& y = mine.score;
     y.resize(n * m.hidden);
     linear(w, in, columns, y.data());
-    const Share rows(m.hidden, t, all);
+    const Share rows = share(m.hidden);
     for (i64 r = 0; r < n; r++) run.add(&s.x[r * m.hidden + rows.from], &y[r * m.hidden + rows.from], 1.0f, rows.to - rows.from);
   }
 

@@ -6,7 +6,7 @@
 
 namespace rarefy {
 
-using Linear = std::variant<Dense, Columns, Bitmask, Grouped>;
+using Linear = std::variant<Dense, Columns, Bitmask, Grouped, GroupedColumns>;
 
 // Which entries of a row stay; the others become zero. NaN stays. Neither thresholds nor a block: all of them.
 struct Gate {
@@ -30,6 +30,7 @@ struct Layer {
 
 struct Model {
   i64 hidden, inner, heads, kv_heads, head_dim, vocab, positions;
+  i64 align = 4; // a thread's first row: 64 where a matrix is stored in strips
   float eps;
   const float* final_norm;  // [hidden]
   const float *cos, *sin;   // [positions, head_dim / 2]

@@ -121,6 +121,21 @@ struct Plain {
     sum.lane[0] += fa * float(total);
     return sum;
   }
+  template <int Bits>
+  static void strip(const std::uint8_t* codes, i64 stride, const Four* four, int n, const std::uint16_t* scale, const std::uint16_t* zero, float t, int middle, float u, float* y) {
+    int sum[Bits == 4 ? 64 : 32] = {};
+    for (int f = 0; f < n; f++) {
+      std::int8_t x[4];
+      std::memcpy(x, &four[f].x, sizeof x);
+      for (int c = 0; c < 4; c++)
+        for (int row = 0; row < 32; row++) {
+          const std::uint8_t code = codes[stride * four[f].column[c] + row / 4 % 2 * 16 + row / 8 * 4 + row % 4];
+          sum[row] += (Bits == 4 ? code & 15 : code) * x[c];
+          if (Bits == 4) sum[32 + row] += (code >> 4) * x[c];
+        }
+    }
+    for (int row = 0; row < (Bits == 4 ? 64 : 32); row++) y[row] += half(scale[row]) * t * float(sum[row] - middle) + (zero ? half(zero[row]) * u : 0.0f);
+  }
 };
 } // namespace
 

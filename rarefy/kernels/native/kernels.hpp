@@ -72,6 +72,29 @@ struct Columns {
 };
 
 constexpr i64 kGroup = 32;
+
+// The weights of `Grouped`, column by column: every group is stored, in float16 scales (and zeros) of one group of columns after the other.
+// Rows are cut into strips, the last one filled up: 64 rows of 4 bits or 32 of 8 bits, which are 32 bytes a column. Byte 16 l + 4 k + i
+// (l < 2, k < 4, i < 4) has row 8 k + 4 l + i of the strip; of 4 bits that is the low half, and the high one has the row 32 further on.
+// Up to 32 strips are a panel, and a group of columns lies panel by panel: a column is a run of at most 1024 bytes, its neighbours are beside it.
+struct GroupedColumns {
+  const std::uint8_t* codes;  // [G, panels, 32 columns, strips of the panel, 32]
+  const std::uint16_t* scale; // [G, strips * height]
+  const std::uint16_t* zero;  // as in Grouped
+  i64 rows, columns;
+  int bits; // 4 or 8
+  i64 height() const { return bits == 4 ? 64 : 32; }
+  i64 strips() const { return (rows + height() - 1) / height(); }
+  i64 groups() const { return (columns + kGroup - 1) / kGroup; }
+  i64 group_bytes() const { return strips() * kGroup * kBytes; }
+  static constexpr i64 kBytes = 32, kPanel = 32;
+};
+
+// Four columns of a group, by their number in it, and what multiplies them: four signed bytes, zero where there are fewer columns.
+struct Four {
+  int column[4];
+  std::int32_t x;
+};
 constexpr i64 kColumns = 64; // rows of x that a tile [I, rows of x] holds at most
 
 // x [B, I] in 8 bits: code = rint(x * 127 / max|x|) over each group of 32.
@@ -89,6 +112,8 @@ struct Kernels {
   void (*dense_some)(const Dense&, const float* x, float* y, const i64* rows, i64 count); // only these rows of y, for one row of x
   void (*columns)(const Columns&, const float* x, const float* bias, float* y, i64 batch, i64 from, i64 to);
   void (*grouped)(const Grouped&, const Rounded& x, const float* bias, float* y, i64 batch, i64 from, i64 to);
+  void (*grouped_some)(const Grouped&, const Rounded& x, float* y, const i64* rows, i64 count);
+  void (*grouped_columns)(const GroupedColumns&, const Rounded& x, const float* bias, float* y, i64 batch, i64 from, i64 to); // from .. to are strips
   void (*round)(const float* x, i64 batch, i64 columns, const Rounded& out);
   // For few rows of x: x is [B, wide * width], padded by zeros. from .. to are rows of blocks.
   void (*blocks)(const Blocks&, const float* x, const float* bias, float* y, i64 batch, i64 from, i64 to);

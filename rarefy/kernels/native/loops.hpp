@@ -90,8 +90,9 @@ template <class V, int B> void dense_rows_of(const Dense& w, const float* x, con
   for (; row < to; row += R) {
     const int live = int(std::min<i64>(R, to - row));
     i64 number[R];
-    const float* at[R];
+    const float *at[R], *ahead[R]; // ahead: of a list, the rows that come next
     for (int r = 0; r < R; r++) {
+      ahead[r] = list ? w.values + list[std::min<i64>(row + R + r, to - 1)] * w.columns : nullptr;
       number[r] = list ? list[row + std::min(r, live - 1)] : row + std::min(r, live - 1);
       at[r] = w.values + number[r] * w.columns;
     }
@@ -101,7 +102,13 @@ template <class V, int B> void dense_rows_of(const Dense& w, const float* x, con
     i64 column = 0;
     for (; column + V::width <= w.columns; column += V::width) {
       reg weight[R];
-      for (int r = 0; r < R; r++) weight[r] = V::load(at[r] + column), prefetch(at[r] + column);
+      for (int r = 0; r < R; r++) {
+        weight[r] = V::load(at[r] + column);
+        if (list)
+          __builtin_prefetch(ahead[r] + column, 0, 3);
+        else
+          prefetch(at[r] + column);
+      }
       for (int b = 0; b < B; b++) {
         const reg in = V::load(x + b * w.columns + column);
         for (int r = 0; r < R; r++) sum[r][b] = V::fma(weight[r], in, sum[r][b]);
@@ -170,7 +177,8 @@ template <class V> void round(const float* x, i64 batch, i64 columns, const Roun
 //   V::half(p, n): n float16 values, then zeros; V::compress(v, bits): the lanes whose bit is set, moved to the front
 //   V::codes<Bits>(p, n): n groups of codes in a register; V::dot(sum, codes, a, b, fa, fb): sum += fa * (codes . a), and fb, b for a second group
 //   V::offset8: what V::dot has taken off 8-bit codes already, so that they are signed
-template <class V, int Bits, int B, bool Skip> void grouped_row(const Grouped& w, i64 row, const Rounded& x, i64 first, float* y, float bias) {
+//   Listed: the rows that follow in memory are not the next ones, so that nothing is asked for ahead
+template <class V, int Bits, int B, bool Skip, bool Listed = false> void grouped_row(const Grouped& w, i64 row, const Rounded& x, i64 first, float* y, float bias) {
   using reg = typename V::reg;
   constexpr i64 bytes = kGroup * Bits / 8;
   constexpr float middle = Bits == 4 ? 8.0f : 128.0f - V::offset8;
@@ -203,7 +211,7 @@ template <class V, int Bits, int B, bool Skip> void grouped_row(const Grouped& w
       rest[b] = V::fma(wz, xz, rest[b]);
     }
     const std::uint8_t* at = w.codes + k * bytes;
-    for (i64 line = 0; line < n * bytes; line += 64) prefetch(at + line);
+    for (i64 line = 0; !Listed && line < n * bytes; line += 64) prefetch(at + line);
     k += n;
     for (int u = 0; u < n; u += V::groups) {
       const bool two = V::groups == 2 && u + 1 < n;
@@ -232,6 +240,23 @@ template <class V> void grouped(const Grouped& w, const Rounded& x, const float*
     (w.present ? grouped_rows<V, 4, true> : grouped_rows<V, 4, false>)(w, x, bias, y, batch, from, to);
   else
     (w.present ? grouped_rows<V, 8, true> : grouped_rows<V, 8, false>)(w, x, bias, y, batch, from, to);
+}
+
+template <class V, int Bits, bool Skip> void grouped_listed(const Grouped& w, const Rounded& x, float* y, const i64* rows, i64 count) {
+  constexpr i64 bytes = kGroup * Bits / 8, ahead = 4;
+  for (i64 i = 0; i < count; i++) {
+    const i64 next = rows[std::min(i + ahead, count - 1)];
+    for (i64 k = w.start[next]; k < w.start[next + 1]; k += 64 / bytes) __builtin_prefetch(w.codes + k * bytes, 0, 3);
+    __builtin_prefetch(w.scale + w.start[next], 0, 3);
+    grouped_row<V, Bits, 1, Skip, true>(w, rows[i], x, 0, y, 0.0f);
+  }
+}
+
+template <class V> void grouped_some(const Grouped& w, const Rounded& x, float* y, const i64* rows, i64 count) {
+  if (w.bits == 4)
+    (w.present ? grouped_listed<V, 4, true> : grouped_listed<V, 4, false>)(w, x, y, rows, count);
+  else
+    (w.present ? grouped_listed<V, 8, true> : grouped_listed<V, 8, false>)(w, x, y, rows, count);
 }
 
 template <class V> void bitmask_unpack(const Bitmask& w, float* dense, i64 from, i64 to) {
