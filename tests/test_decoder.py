@@ -188,18 +188,41 @@ def test_half_precision_weights_are_copied_to_float32(tmp_path, dtype, layout):
     assert copied[0] <= fast.rarefy_copied_bytes <= copied[1]
 
 
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_a_model_in_any_layout_decodes_natively_or_says_what_does_not(tmp_path, layout):
-    model = llama()
+def structured(hidden):
+    """Weights that every layout can hold: of each four columns one, in pairs of rows that agree, and one row of zeros."""
+    model = llama(hidden_size=hidden, intermediate_size=hidden + 12)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("proj.weight"):
-                p.view(-1, 4)[:, 1:] = 0
-    save_packed(model, None, tmp_path / "packed", layout)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+                keep = torch.rand(-(-p.shape[0] // 2), -(-p.shape[1] // 4), 4, generator=torch.Generator().manual_seed(len(name))).argsort(-1) == 0
+                p.mul_(keep.flatten(1).repeat_interleave(2, 0)[: p.shape[0], : p.shape[1]])
+                p[2] = 0
+    return model
+
+
+UNREAD = {"compact", "n_m_g"}  # layouts that the decoder has no product for
+
+
+@pytest.mark.parametrize("hidden", [48, 60])
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_a_model_in_any_layout_decodes_natively_or_says_what_does_not(tmp_path, layout, hidden):
+    save_packed(structured(hidden), None, tmp_path / "packed", layout)
+    plain, again = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed") for _ in range(2))
+    packed = sum(type(m).__name__ == "PackedLinear" for m in again.modules())
     engine = use_engine(again)
-    assert engine.startswith("rarefy") or f"model.layers.0 q in layout {layout}: the native decoder does not read that layout" in engine
-    assert again.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, min_new_tokens=2).shape == (1, 5)
+    if not engine.startswith("rarefy"):
+        assert layout in UNREAD and packed and f"in layout {layout}: the native decoder does not read that layout" in engine
+        return
+    ids, grown = torch.randint(0, 61, (2, 9)), torch.randint(0, 61, (2, 3))
+    with torch.no_grad():
+        want = plain(torch.cat([ids, grown], 1), use_cache=False).logits
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out = again(ids, use_cache=True)
+            got = [out.logits] + [again(grown[:, [t]], past_key_values=out.past_key_values, use_cache=True).logits for t in range(3)]
+            error = (torch.cat(got, 1) - want).norm() / want.norm()
+            assert error < (1e-5 if LAYOUTS[layout].lossless else 0.02), f"{layout} on {threads} threads: {error}"
+    torch.set_num_threads(1)
 
 
 def test_other_models_hooks_and_dtypes_are_refused():

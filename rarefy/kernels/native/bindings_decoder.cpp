@@ -4,6 +4,7 @@
 #include <array>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <numeric>
 #include <optional>
 
 namespace nb = nanobind;
@@ -46,6 +47,13 @@ struct Decoder {
   void bitmask(i64 layer, const std::string& where, Address bits, Address starts, Address values, i64 count, i64 rows, i64 columns, Address bias) {
     put(layer, where, bitmask_of(bits, starts, values, count, rows, columns), rows, columns, bias);
   }
+  void n_of_m(i64 layer, const std::string& where, Address values, Address positions, i64 rows, i64 columns, int n, int of, Address bias) {
+    put(layer, where, n_of_m_of(values, positions, rows, columns, n, of), rows, columns, bias);
+  }
+  void blocks(i64 layer, const std::string& where, Address index, Address starts, Address values, i64 stored, i64 rows, i64 columns, i64 height, i64 width, Address bias) {
+    put(layer, where, blocks_of(index, starts, values, stored, rows, columns, height, width), rows, columns, bias);
+    in_strips(height);
+  }
   void grouped(i64 layer, const std::string& where, Address codes, Address scale, Address zero, Address present, Address starts, i64 stored, i64 rows, i64 columns, int bits,
                Address bias) {
     put(layer, where, grouped_of(codes, scale, zero, present, starts, stored, rows, columns, bits), rows, columns, bias);
@@ -53,7 +61,7 @@ struct Decoder {
 
   void grouped_columns(i64 layer, const std::string& where, Address codes, i64 bytes, Address scale, Address zero, i64 scales, i64 rows, i64 columns, int bits, Address bias) {
     put(layer, where, grouped_columns_of(codes, bytes, scale, zero, scales, rows, columns, bits), rows, columns, bias);
-    m.align = 64;
+    in_strips(64);
   }
 
   // `where` is a linear of a layer, for what it reads, or units. Thresholds [channels] or one for all; or the largest `keep` of every `block`.
@@ -86,6 +94,12 @@ struct Decoder {
   }
 
 private:
+  void in_strips(i64 rows) {
+    const i64 together = std::lcm(m.align, rows);
+    need(together <= 4096, "the heights of the blocks have no small common multiple, so that threads cannot share the rows");
+    m.align = together;
+  }
+
   Layer& of(i64 layer) {
     need(layer >= 0 && layer < i64(m.layers.size()), "there is no such layer");
     return m.layers[layer];
@@ -139,6 +153,8 @@ void bind_decoder(nb::module_& m) {
       .def("dense", &Decoder::dense)
       .def("columns", &Decoder::columns)
       .def("bitmask", &Decoder::bitmask)
+      .def("n_of_m", &Decoder::n_of_m)
+      .def("blocks", &Decoder::blocks)
       .def("grouped", &Decoder::grouped)
       .def("grouped_columns", &Decoder::grouped_columns)
       .def("gate", &Decoder::gate)

@@ -10,7 +10,7 @@ namespace rarefy {
 namespace {
 
 struct Scratch { // of one thread
-  std::vector<float> in, gated, units, figures, score;
+  std::vector<float> in, gated, filled, units, figures, score;
   std::vector<std::int8_t> code;
   std::vector<std::uint32_t> sorted;
   std::vector<i64> rows;
@@ -91,21 +91,20 @@ private:
     return mine.units.data();
   }
 
-  // The rows of up whose unit is not zero, for one token. Where columns are stored, rows are not: all of them.
+  // The rows of up whose unit is not zero, for one token; all of them where rows are not stored one by one.
   void some(const Projection& up, const float* units, const Share& share) {
-    if (std::holds_alternative<Columns>(up.weight) || std::holds_alternative<GroupedColumns>(up.weight)) return linear(up, mine.in.data(), m.hidden, s.up.data());
+    const Dense* dense = std::get_if<Dense>(&up.weight);
+    const Bitmask* bitmask = std::get_if<Bitmask>(&up.weight);
+    const Grouped* grouped = std::get_if<Grouped>(&up.weight);
+    if (!dense && !bitmask && !grouped) return linear(up, mine.in.data(), m.hidden, s.up.data());
     const float* x = gated(up.gate, mine.in.data(), 1, m.hidden);
     mine.rows.clear();
     for (i64 i = share.from; i < share.to; i++)
       if (units[i] != 0) mine.rows.push_back(i);
-    if (const Dense* d = std::get_if<Dense>(&up.weight)) {
-      run.dense_some(*d, x, s.up.data(), mine.rows.data(), i64(mine.rows.size()));
-    } else if (const Bitmask* b = std::get_if<Bitmask>(&up.weight)) {
-      for (i64 row : mine.rows) run.bitmask(*b, x, nullptr, s.up.data(), 1, row, row + 1);
-    } else {
-      const Grouped& g = std::get<Grouped>(up.weight);
-      run.grouped_some(g, rounded(x, 1, g.columns), s.up.data(), mine.rows.data(), i64(mine.rows.size()));
-    }
+    if (dense) run.dense_some(*dense, x, s.up.data(), mine.rows.data(), i64(mine.rows.size()));
+    if (grouped) run.grouped_some(*grouped, rounded(x, 1, grouped->columns), s.up.data(), mine.rows.data(), i64(mine.rows.size()));
+    if (bitmask)
+      for (i64 row : mine.rows) run.bitmask(*bitmask, x, nullptr, s.up.data(), 1, row, row + 1);
   }
 
   void norm(const float* x, const float* gain, float* out) const {
@@ -126,23 +125,29 @@ private:
   }
 
   void product(const Linear& w, const float* x, const float* bias, float* y, i64 batch) {
-    if (const Dense* d = std::get_if<Dense>(&w)) {
-      const Share rows = share(d->rows);
-      run.dense(*d, x, bias, y, batch, rows.from, rows.to);
-    } else if (const Columns* c = std::get_if<Columns>(&w)) {
-      const Share rows = share(c->rows);
-      run.columns(*c, x, bias, y, batch, rows.from, rows.to);
-    } else if (const Bitmask* b = std::get_if<Bitmask>(&w)) {
-      const Share rows = share(b->rows);
-      run.bitmask(*b, x, bias, y, batch, rows.from, rows.to);
-    } else if (const Grouped* g = std::get_if<Grouped>(&w)) {
-      const Share rows = share(g->rows);
-      run.grouped(*g, rounded(x, batch, g->columns), bias, y, batch, rows.from, rows.to);
-    } else {
-      const GroupedColumns& by = std::get<GroupedColumns>(w);
-      const Share rows = share(by.rows);
-      run.grouped_columns(by, rounded(x, batch, by.columns), bias, y, batch, rows.from / by.height(), (rows.to + by.height() - 1) / by.height());
-    }
+    std::visit([&](const auto& matrix) { compute(matrix, share(matrix.rows), x, bias, y, batch); }, w);
+  }
+
+  void compute(const Dense& w, Share rows, const float* x, const float* bias, float* y, i64 batch) { run.dense(w, x, bias, y, batch, rows.from, rows.to); }
+  void compute(const Columns& w, Share rows, const float* x, const float* bias, float* y, i64 batch) { run.columns(w, x, bias, y, batch, rows.from, rows.to); }
+  void compute(const Bitmask& w, Share rows, const float* x, const float* bias, float* y, i64 batch) { run.bitmask(w, x, bias, y, batch, rows.from, rows.to); }
+  void compute(const NofM& w, Share rows, const float* x, const float* bias, float* y, i64 batch) { run.n_of_m(w, x, bias, y, batch, rows.from, rows.to); }
+  void compute(const Blocks& w, Share rows, const float* x, const float* bias, float* y, i64 batch) {
+    run.blocks(w, filled(x, batch, w.columns, w.wide() * w.width), bias, y, batch, rows.from / w.height, (rows.to + w.height - 1) / w.height);
+  }
+  void compute(const Grouped& w, Share rows, const float* x, const float* bias, float* y, i64 batch) {
+    run.grouped(w, rounded(x, batch, w.columns), bias, y, batch, rows.from, rows.to);
+  }
+  void compute(const GroupedColumns& w, Share rows, const float* x, const float* bias, float* y, i64 batch) {
+    run.grouped_columns(w, rounded(x, batch, w.columns), bias, y, batch, rows.from / w.height(), (rows.to + w.height() - 1) / w.height());
+  }
+
+  // x [batch, columns] with zeros up to `wide` columns.
+  const float* filled(const float* x, i64 batch, i64 columns, i64 wide) {
+    if (wide == columns) return x;
+    mine.filled.assign(batch * wide, 0.0f);
+    for (i64 r = 0; r < batch; r++) std::memcpy(&mine.filled[r * wide], x + r * columns, columns * sizeof(float));
+    return mine.filled.data();
   }
 
   Share share(i64 rows) const { return {rows, t, all, m.align}; }

@@ -6,7 +6,7 @@
 
 namespace rarefy {
 
-using Linear = std::variant<Dense, Columns, Bitmask, Grouped, GroupedColumns>;
+using Linear = std::variant<Dense, Columns, Bitmask, NofM, Blocks, Grouped, GroupedColumns>;
 
 // Which entries of a row stay; the others become zero. NaN stays. Neither thresholds nor a block: all of them.
 struct Gate {
@@ -30,7 +30,7 @@ struct Layer {
 
 struct Model {
   i64 hidden, inner, heads, kv_heads, head_dim, vocab, positions;
-  i64 align = 4; // a thread's first row: 64 where a matrix is stored in strips
+  i64 align = 4; // a thread's first row: a multiple of the strips and blocks of rows that matrices are stored in
   float eps;
   const float* final_norm;  // [hidden]
   const float *cos, *sin;   // [positions, head_dim / 2]
