@@ -118,4 +118,4 @@ def _draw(r: dict[str, Any]) -> None:
         gating, ledger = r["gating"], r["gating"]["ledger"]
         asked = "" if gating["density_requested"] is None else f" where {text(gating['density_requested'])} was asked"
         line(f"{gating['gating']}: density {text(gating['density'])}{asked}, measured on {ledger['tokens']} held-out tokens")
-        line(f"a token takes {ledger['macs_executed']:.4g} multiply-adds of all matrices' {ledger['macs']:.4g}: {text(ledger['mac_density'])}")
+        line(f"a token takes {ledger['macs_executed']:.4g} multiply-adds of its Linear matrices' {ledger['macs']:.4g}: {text(ledger['mac_density'])}")
