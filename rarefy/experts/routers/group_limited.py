@@ -37,10 +37,7 @@ class GroupLimited(Choice):
         "deepseek-v2-routing",
         "DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language Model (device-limited routing)",
         "arXiv 2405.04434",
-        (
-            "the equations were checked against transformers' implementation, not read in the paper",
-            "its communication balance loss and token dropping are not built in, and its language models were not trained",
-        ),
+        ("its communication balance loss and token dropping are not built in, and its language models were not trained",),
     )
     balances = (LoadBalance(0.003), GroupedLoad(0.05, 2))
     top: int = 2
