@@ -257,6 +257,26 @@ def test_the_training_flow_steers_and_checkpoints_the_strength(tmp_path: Any) ->
     assert all((tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes() for name in ("model.safetensors", "checkpoint.safetensors"))
 
 
+def test_accumulated_forwards_each_count_once() -> None:
+    """Two forwards and their backwards before one step: each is penalised for itself, and the step measures both."""
+    task = CharLM(width=8, experts=4, rows=8)
+    model: Any = task.model(0, router="relu")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    control, active = Control(model, optimizer, (SteeredSparsity(1.0, start_at=1.0),)), 0
+    for step in range(2):
+        with Trace(model) as trace:
+            loss = task.loss(model, task.batch(0, step))
+        whole = control.loss(loss)
+        assert float((whole - loss).detach()) == pytest.approx(float(SteeredSparsity(1.0)._penalty(trace.entries[0]).detach()), rel=1e-4)
+        whole.backward()
+        with torch.no_grad():
+            task.loss(model.eval(), task.batch(0, 9))
+        model.train()
+        active += int(trace.entries[0].routing.counts().sum())
+    optimizer.step()
+    assert control.states[0]["sparsity"] == pytest.approx(1 - active / (2 * 8 * 4))
+
+
 def test_a_step_without_the_penalty_and_wrong_values_are_refused() -> None:
     task = CharLM(width=8, rows=8)
     model = task.model(0, router="relu")
