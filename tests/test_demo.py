@@ -20,10 +20,10 @@ def test_the_demo_runs_and_reuses(tiny: str, tmp_path: Path, capsys: pytest.Capt
     code = main(argv)
     first, err = capsys.readouterr()
     assert code == 0, err
-    assert first.count("sparsegpt") >= 3
+    assert first.count("sparsegpt") >= 2 and "over_base" in first and "tokens/s" in first
     assert (tmp_path / "demo" / "model" / "report.html").is_file()
     assert first.strip().splitlines()[-1].startswith("report: ")
     assert main(argv) == 0
     again = capsys.readouterr().out
     assert "is reused" in again
-    assert again.count("True") == 6
+    assert again[again.index("Perplexity over") :].count("True") == 6
