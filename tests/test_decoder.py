@@ -318,6 +318,15 @@ def test_turned_weights_are_decoded_again_and_saved_as_they_were(tmp_path):
     assert (load(tmp_path / "packed").model(ids).logits - first).abs().max() < 1e-3
 
 
+def test_a_refused_model_is_left_as_it_was():
+    model = llama()
+    attach_gate(model, "model.layers.0.mlp.down_proj", TopK(0.5))
+    model.model.layers[2].mlp.up_proj.register_forward_hook(lambda *a: None)
+    with pytest.raises(BadInput, match="has forward hooks"):
+        use_decoder(model)
+    assert model.model.layers[0].mlp.down_proj.weight.is_contiguous()
+
+
 class Odd(Threshold):
     name = "odd"
 

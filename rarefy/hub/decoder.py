@@ -18,7 +18,7 @@ from rarefy.hub.packed import PackedLinear
 from rarefy.kernels.columns import ColumnsMatrix
 from rarefy.kernels.dense import DenseMatrix
 from rarefy.layouts import LAYOUTS
-from rarefy.runtime.decoder import LINEARS, Block, Decoder, KeyValues, Sizes
+from rarefy.runtime.decoder import Block, Decoder, KeyValues, Sizes
 from rarefy.runtime.sieves import sieve
 
 # {config field: what it must be}; anything else changes what a layer computes, and is refused by name.
@@ -157,15 +157,18 @@ def build(model: Any, head: str | None = None) -> Decoder:
     inside = model.model
     cos, sin = inside.rotary_emb(torch.zeros(1), torch.arange(sizes.positions)[None])
     half = head_dim // 2
-    return Decoder(
-        sizes,
-        [_block(layer, f"model.layers.{number}") for number, layer in enumerate(inside.layers)],
-        inside.embed_tokens.weight.detach(),
-        inside.norm.weight.detach(),
-        _head(model.lm_head, head),
-        cos[0, :, :half].float().contiguous(),
-        sin[0, :, :half].float().contiguous(),
-    )
+    last = _head(model.lm_head, head)
+
+    def made() -> Decoder:
+        blocks = [_block(layer, f"model.layers.{number}") for number, layer in enumerate(inside.layers)]
+        tables = (cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous())
+        return Decoder(sizes, blocks, inside.embed_tokens.weight.detach(), inside.norm.weight.detach(), last, *tables)
+
+    as_it_is = made()  # what is refused is refused before a matrix is turned
+    behind = [module for layer in inside.layers for module in _behind_gates(layer)]
+    for module in behind:
+        store_columns(module)
+    return made() if behind else as_it_is
 
 
 def _whitelisted(model: Any, config: Any) -> None:
@@ -188,16 +191,19 @@ def _known_gates(model: Any) -> None:
             raise BadInput(f"the gate on {place}", "the native decoder computes gates on what a layer's linears read, and on its MLP's units", "run it through transformers")
 
 
+def _behind_gates(layer: Any) -> list[Any]:
+    """The linears of a layer that read exact zeros."""
+    modules = [layer.get_submodule(place) for place in PLACES.values()]
+    units = "rarefy_output" in layer.mlp.act_fn._modules
+    return [module for module in modules if "rarefy_input" in module._modules or (units and module is layer.mlp.down_proj)]
+
+
 def _block(layer: Any, path: str) -> Block:
     modules = {name: layer.get_submodule(place) for name, place in PLACES.items()}
     gates = {name: module._modules.get("rarefy_input") for name, module in modules.items()}
     gates["units"] = layer.mlp.act_fn._modules.get("rarefy_output")
     widths = {name: module.in_features for name, module in modules.items()} | {"units": modules["down"].in_features}
     sieves = {name: sieve(gate, widths[name], f"{path} {name}") for name, gate in gates.items() if gate is not None}
-    for name in LINEARS:
-        _plain(modules[name], f"{path} {name}")
-        if name in sieves or (name == "down" and "units" in sieves):
-            store_columns(modules[name])
     linears = {name: _matrix(module, f"{path} {name}") for name, module in modules.items()}
     return Block(linears, layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach(), sieves)
 
