@@ -305,13 +305,14 @@ def test_gated_prompts_with_padding_are_transformers(isa, threads):
         torch.set_num_threads(before)
 
 
-def test_a_closed_unit_spares_its_row_of_up_and_its_column_of_down():
+@pytest.mark.parametrize("isa", available())
+def test_a_closed_unit_spares_its_row_of_up_and_its_column_of_down(isa):
     model = llama(num_hidden_layers=1)
     mlp = model.model.layers[0].mlp
     open_, shut = torch.zeros(100), torch.full((100,), float("inf"))
     attach_gate(model, f"model.layers.0.{UNITS}", gate := ChannelThreshold(channels=100))
     gate.threshold = torch.where(torch.arange(100) % 3 == 0, open_, shut)
-    with torch.no_grad():
+    with torch.no_grad(), instruction_set(isa):
         want = model(ids := torch.randint(1, 61, (1, 20))).logits
         mlp.up_proj.weight[gate.threshold > 0] = float("nan")
         mlp.down_proj.weight[:, gate.threshold > 0] = float("nan")
@@ -332,16 +333,20 @@ def test_gated_packed_folders_decode_as_transformers_does(layout, tmp_path):
         assert (decoded(fast, ids, 15) - decoded(plain, ids, 15)).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("isa", available())
+@pytest.mark.parametrize("places", [(*LINEAR_PLACES, UNITS), (UNITS,)], ids=["all", "units"])
 @pytest.mark.parametrize("layout", ["int8", "int4", "int4-asymmetric"])
-def test_gated_integer_layers_decode_as_transformers_does(layout, tmp_path):
+def test_gated_integer_layers_decode_as_transformers_does(layout, places, isa, tmp_path):
     """Short texts: x is rounded to 8 bits, so that a difference in the last bit may become one of 1/127 in some entry, and that one grows."""
 
     def packed(model):
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight[::3, 32:] = 0.0  # groups that are not stored
         save_packed(model, None, tmp_path / "packed", layout)
         return load(tmp_path / "packed").model
 
-    plain, fast = gated_pair((*LINEAR_PLACES, UNITS), GATES["channels"], packed)
-    with torch.no_grad():
+    plain, fast = gated_pair(places, GATES["channels"], packed, hidden_size=60)
+    with torch.no_grad(), instruction_set(isa):
         texts = torch.randint(1, 61, (24, 1, 4))
         errors = torch.stack([(decoded(fast, ids, 2) - decoded(plain, ids, 2)).abs().amax((0, 2)) for ids in texts])
     assert (errors < 1e-3).double().mean() > 0.9
@@ -382,6 +387,15 @@ def test_turned_weights_are_decoded_again_and_saved_as_they_were(tmp_path):
     assert torch.equal(first, again) and torch.equal(model.model.layers[0].mlp.down_proj.weight, weight)
     save_packed(model, None, tmp_path / "packed", "flat")
     assert (load(tmp_path / "packed").model(ids).logits - first).abs().max() < 1e-3
+
+
+def test_a_refused_model_is_left_as_it_was():
+    model = llama()
+    attach_gate(model, "model.layers.0.mlp.down_proj", TopK(0.5))
+    model.model.layers[2].mlp.up_proj.register_forward_hook(lambda *a: None)
+    with pytest.raises(BadInput, match="has forward hooks"):
+        use_decoder(model)
+    assert model.model.layers[0].mlp.down_proj.weight.is_contiguous()
 
 
 class Odd(Threshold):

@@ -21,7 +21,7 @@ from rarefy.kernels.columns import ColumnsMatrix
 from rarefy.kernels.dense import DenseMatrix
 from rarefy.kernels.library import native
 from rarefy.layouts import LAYOUTS
-from rarefy.runtime.decoder import LINEARS, Block, Decoder, KeyValues, Sizes
+from rarefy.runtime.decoder import Block, Decoder, KeyValues, Sizes
 from rarefy.runtime.sieves import sieve
 
 # {config field: what it must be}; anything else changes what a layer computes, and is refused by name.
@@ -191,15 +191,18 @@ def build(model: Any, head: str | None = None, weights: Float32 | None = None) -
     inside, weights = model.model, weights or Float32()
     cos, sin = inside.rotary_emb(torch.zeros(1), torch.arange(sizes.positions)[None])
     half = head_dim // 2
-    return Decoder(
-        sizes,
-        [_block(layer, f"model.layers.{number}", weights) for number, layer in enumerate(inside.layers)],
-        _embedding(inside.embed_tokens, weights),
-        weights.tensor(inside.norm.weight),
-        _head(model.lm_head, head, weights),
-        cos[0, :, :half].float().contiguous(),
-        sin[0, :, :half].float().contiguous(),
-    )
+    behind = [module for layer in inside.layers for module in _behind_gates(layer)]
+
+    def made(weights: Float32) -> Decoder:
+        blocks = [_block(layer, f"model.layers.{number}", weights) for number, layer in enumerate(inside.layers)]
+        tables = (cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous())
+        return Decoder(sizes, blocks, _embedding(inside.embed_tokens, weights), weights.tensor(inside.norm.weight), _head(model.lm_head, head, weights), *tables)
+
+    if behind:
+        made(Float32())  # what is refused is refused before a matrix is turned
+    for module in behind:
+        store_columns(module)
+    return made(weights)
 
 
 def _whitelisted(model: Any, config: Any) -> None:
@@ -222,16 +225,19 @@ def _known_gates(model: Any) -> None:
             raise BadInput(f"the gate on {place}", "the native decoder computes gates on what a layer's linears read, and on its MLP's units", "run it through transformers")
 
 
+def _behind_gates(layer: Any) -> list[Any]:
+    """The linears of a layer that read exact zeros."""
+    modules = [layer.get_submodule(place) for place in PLACES.values()]
+    units = "rarefy_output" in layer.mlp.act_fn._modules
+    return [module for module in modules if "rarefy_input" in module._modules or (units and module is layer.mlp.down_proj)]
+
+
 def _block(layer: Any, path: str, weights: Float32) -> Block:
     modules = {name: layer.get_submodule(place) for name, place in PLACES.items()}
     gates = {name: module._modules.get("rarefy_input") for name, module in modules.items()}
     gates["units"] = layer.mlp.act_fn._modules.get("rarefy_output")
     widths = {name: module.in_features for name, module in modules.items()} | {"units": modules["down"].in_features}
     sieves = {name: sieve(gate, widths[name], f"{path} {name}") for name, gate in gates.items() if gate is not None}
-    for name in LINEARS:
-        _plain(modules[name], f"{path} {name}")
-        if name in sieves or (name == "down" and "units" in sieves):
-            store_columns(modules[name])
     linears = {name: _matrix(module, f"{path} {name}", weights) for name, module in modules.items()}
     return Block(linears, weights.tensor(layer.input_layernorm.weight), weights.tensor(layer.post_attention_layernorm.weight), sieves)
 
