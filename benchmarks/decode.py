@@ -18,14 +18,14 @@ SCORED, PROMPT = 4096, 8
 # {what is shown: the racers, the first of which is the peer}
 RACES: dict[str, list[str]] = {
     "float32": ["demo@native", "{half-bitmask}@native"],
-    "int4": ["{int4}@native", "{int4-teal}@native"],
+    "int4": ["{int4}@native", "{int4-gated}@native"],
     "others": [
         "demo@llama.cpp",
         "{Q4_0}@llama.cpp",
         "{Q8_0}@llama.cpp",
         "{Q4_K_M}@llama.cpp",
         "{int4}@native",
-        "{int4-teal}@native",
+        "{int4-gated}@native",
         "demo@native",
         "{half-bitmask}@native",
         "demo@transformers",

@@ -13,7 +13,7 @@ COMMANDS: dict[str, list[str]] = {
     "half": ["prune", "demo", "--recipe", "sparsegpt", "--density", "0.5"],
     "half-bitmask": ["pack", "{half}", "--layout", "bitmask"],
     "int4": ["pack", "demo", "--layout", "int4-asymmetric", "--embeddings", "int8"],
-    "int4-teal": ["pack", "demo", "--layout", "int4-asymmetric", "--embeddings", "int8", "--gates", "teal:density=0.8"],
+    "int4-gated": ["pack", "demo", "--layout", "int4-asymmetric", "--embeddings", "int8", "--gates", "uniform-threshold:density=0.8"],
 }
 GGUF = {"Q4_0": Q4_0, "Q8_0": Q8_0, "Q4_K_M": Q4_K_M}
 

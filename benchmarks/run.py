@@ -1,4 +1,4 @@
-"""Measure and commit: `python -m benchmarks.run [products] [decode] [--models FOLDER] [--max-load 0.3]`."""
+"""Measure and commit: `python -m benchmarks.run [products] [decode] [--isa avx2] [--models FOLDER] [--max-load 0.3]`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ import os
 import platform
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+if "avx2" in sys.argv:  # torch reads these as it is imported
+    os.environ.update(AVX2)
 
-from benchmarks import decode, products
-from rarefy.kernels.library import describe
-from rarefy.probes.roofline import roofline
-from rarefy.runtime.choose import processor
+import torch  # noqa: E402
+
+from benchmarks import decode, products  # noqa: E402
+from rarefy.kernels.library import describe, instruction_set  # noqa: E402
+from rarefy.probes.roofline import roofline  # noqa: E402
+from rarefy.runtime.choose import processor  # noqa: E402
 
 HERE = Path(__file__).parent
 
@@ -42,16 +47,20 @@ def main() -> None:
     parser.add_argument("what", nargs="*", default=["products", "decode"], choices=["products", "decode"])
     parser.add_argument("--models", default="out/benchmarks", help="where the models that race are kept")
     parser.add_argument("--max-load", type=float, default=0.3, help="refuse above this load a core")
+    parser.add_argument("--isa", choices=["avx2"], help="hold our kernels and torch's to this instruction set; products only")
     asked = parser.parse_args()
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     if load > asked.max_load:
         sys.exit(f"a load of {load:.2f} a core is above {asked.max_load:g}: wait until the machine is quiet")
     runs = {"products": lambda: products.run(_note), "decode": lambda: decode.run(Path(asked.models), _note)}
-    for name in asked.what:
-        began, before = time.monotonic(), machine()
-        rows = runs[name]()
-        result = {"command": f"python -m benchmarks.run {name}", "machine": before, "wall_s": round(time.monotonic() - began), "rows": rows}
-        (HERE / "results" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    held, end = (nullcontext(), "") if asked.isa is None else (instruction_set(asked.isa), f"-{asked.isa}")
+    for name in asked.what if asked.isa is None else ["products"]:
+        with held:
+            began, before = time.monotonic(), machine()
+            rows = runs[name]()
+        command = f"python -m benchmarks.run {name}" + (f" --isa {asked.isa}" if asked.isa else "")
+        result = {"command": command, "machine": before, "wall_s": round(time.monotonic() - began), "rows": rows}
+        (HERE / "results" / f"{name}{end}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _note(done: int, every: int, what: str) -> None:
