@@ -1,4 +1,4 @@
-"""Measure and commit: `python -m benchmarks.run [products] [decode] [--isa avx2] [--models FOLDER] [--max-load 0.3]`."""
+"""Measure and commit: `python -m benchmarks.run [products] [decode-float32 ...] [--isa avx2] [--models FOLDER] [--max-load 0.3]`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from rarefy.probes.roofline import roofline  # noqa: E402
 from rarefy.runtime.choose import processor  # noqa: E402
 
 HERE = Path(__file__).parent
+WHAT = ["products", *(f"decode-{name}" for name in decode.RACES)]
 
 
 def machine() -> dict[str, Any]:
@@ -44,7 +47,7 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", default=["products", "decode"], choices=["products", "decode"])
+    parser.add_argument("what", nargs="*", default=WHAT, choices=WHAT)
     parser.add_argument("--models", default="out/benchmarks", help="where the models that race are kept")
     parser.add_argument("--max-load", type=float, default=0.3, help="refuse above this load a core")
     parser.add_argument("--isa", choices=["avx2"], help="hold our kernels and torch's to this instruction set; products only")
@@ -52,7 +55,8 @@ def main() -> None:
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     if load > asked.max_load:
         sys.exit(f"a load of {load:.2f} a core is above {asked.max_load:g}: wait until the machine is quiet")
-    runs = {"products": lambda: products.run(_note), "decode": lambda: decode.run(Path(asked.models), _note)}
+    runs: dict[str, Callable[[], list[dict[str, Any]]]] = {"products": lambda: products.run(_note)}
+    runs |= {f"decode-{name}": partial(decode.run, name, Path(asked.models), _note) for name in decode.RACES}
     held, end = (nullcontext(), "") if asked.isa is None else (instruction_set(asked.isa), f"-{asked.isa}")
     for name in asked.what if asked.isa is None else ["products"]:
         with held:

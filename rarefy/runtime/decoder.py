@@ -163,6 +163,8 @@ class Decoder:
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.sizes.vocab:
             raise BadInput(f"a token id of {int(ids.max() if int(ids.min()) >= 0 else ids.min())}", f"it is outside the vocabulary of {self.sizes.vocab}")
         sequences, length = ids.shape
+        if length == 1 and sequences == len(cache.length) and (valid is None or bool(valid.all())):
+            return self._next(ids[:, 0], cache)
         if sequences != len(cache.length):
             raise BadInput(f"{sequences} sequences", f"the cache holds {len(cache.length)}")
         real = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid.bool()
@@ -177,17 +179,28 @@ class Decoder:
         cache.length = [n + int(c) for n, c in zip(cache.length, real.sum(1), strict=True)]
         return logits
 
+    def _next(self, ids: Tensor, cache: KeyValues) -> Tensor:
+        """One token for every sequence: what most steps are, without the bookkeeping of the others."""
+        self._grow(cache, max(cache.length) + 1)
+        x, every, out = self.embedding.take(ids).float().contiguous(), torch.arange(len(ids)), torch.empty(len(ids), self.sizes.vocab)
+        self._run(x, every, torch.tensor(cache.length), cache, every, out)
+        cache.length = [n + 1 for n in cache.length]
+        return out[:, None]
+
     def _chunk(self, ids: Tensor, positions: Tensor, sequence: Tensor, column: Tensor, cache: KeyValues, first: int, logits: Tensor) -> None:
         x, position = self.embedding.take(ids[sequence, column]).float().contiguous(), positions[sequence, column].contiguous()
         wanted = (column >= first).nonzero()[:, 0]
         out = torch.empty(len(wanted), self.sizes.vocab)
-        tokens = (pointer(x), pointer(sequence.contiguous()), pointer(position), len(x))
+        self._run(x, sequence.contiguous(), position, cache, wanted, out)
+        logits[sequence[wanted], column[wanted] - first] = out
+
+    def _run(self, x: Tensor, sequence: Tensor, position: Tensor, cache: KeyValues, wanted: Tensor, out: Tensor) -> None:
+        tokens = (pointer(x), pointer(sequence), pointer(position), len(x))
         store = (pointer(cache.key), pointer(cache.value), len(cache.length), cache.capacity)
         try:
             self._native.step(*tokens, *store, pointer(wanted), len(wanted), pointer(out), torch.get_num_threads())
         except ValueError as error:
             raise BadInput(f"a step of {len(x)} tokens", str(error)) from error
-        logits[sequence[wanted], column[wanted] - first] = out
 
 
 def _must_be(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -48,8 +48,12 @@ class GroupedMatrix:
 
     def take(self, ids: Tensor) -> Tensor:
         """Rows [..., I] of ids [...], float32: only these are unpacked."""
-        wanted = ids.reshape(-1)
-        mask = mask_of(self.present[wanted], -(-self.columns // GROUP))
+        wanted, groups = ids.reshape(-1), -(-self.columns // GROUP)
+        if self.codes.shape[0] == self.rows * groups:  # nothing is left out
+            codes, scale, zero = (None if t is None else t.view(self.rows, groups, -1)[wanted].flatten(0, 1) for t in (self.codes, self.scale, self.zero))
+            values = reference.values_of(codes, scale[:, 0], None if zero is None else zero[:, 0], self.bits)  # type: ignore[arg-type, index]
+            return values.view(-1, groups * GROUP)[:, : self.columns].view(*ids.shape, self.columns)
+        mask = mask_of(self.present[wanted], groups)
         at = (self.start[wanted][:, None] + mask.cumsum(1) - 1)[mask]
         rows = torch.zeros(*mask.shape, GROUP, device=self.codes.device)
         rows[mask] = reference.values_of(self.codes[at], self.scale[at], None if self.zero is None else self.zero[at], self.bits)

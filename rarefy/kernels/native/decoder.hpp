@@ -14,6 +14,10 @@ struct Gate {
   i64 channels = 0;                 // 1: the same for all
   i64 block = 0, keep = 0;          // of every `block` entries the `keep` largest in magnitude, of equal ones the first
   bool open() const { return !threshold && !block; }
+  bool same(const Gate& other) const { // with certainty, and at no cost
+    return block == other.block && keep == other.keep && channels == other.channels &&
+           (threshold == other.threshold || (channels == 1 && other.threshold && *threshold == *other.threshold));
+  }
 };
 
 struct Projection {
