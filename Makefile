@@ -32,6 +32,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/rarefy catalogue --check
+	$(BIN)/python -m benchmarks.page --check
 
 docs: install
 	$(BIN)/mkdocs build --strict --site-dir build/docs
