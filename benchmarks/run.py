@@ -20,13 +20,13 @@ if "avx2" in sys.argv:  # torch reads these as it is imported
 
 import torch  # noqa: E402
 
-from benchmarks import decode, products  # noqa: E402
+from benchmarks import decode, products, quality  # noqa: E402
 from rarefy.kernels.library import describe, instruction_set  # noqa: E402
 from rarefy.probes.roofline import roofline  # noqa: E402
 from rarefy.runtime.choose import processor  # noqa: E402
 
 HERE = Path(__file__).parent
-WHAT = ["products", *(f"decode-{name}" for name in decode.RACES)]
+WHAT = ["products", "quality", *(f"decode-{name}" for name in decode.RACES)]
 
 
 def machine() -> dict[str, Any]:
@@ -55,7 +55,7 @@ def main() -> None:
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     if load > asked.max_load:
         sys.exit(f"a load of {load:.2f} a core is above {asked.max_load:g}: wait until the machine is quiet")
-    runs: dict[str, Callable[[], list[dict[str, Any]]]] = {"products": lambda: products.run(_note)}
+    runs: dict[str, Callable[[], list[dict[str, Any]]]] = {"products": lambda: products.run(_note), "quality": lambda: quality.run(_note)}
     runs |= {f"decode-{name}": partial(decode.run, name, Path(asked.models), _note) for name in decode.RACES}
     held, end = (nullcontext(), "") if asked.isa is None else (instruction_set(asked.isa), f"-{asked.isa}")
     for name in asked.what if asked.isa is None else ["products"]:

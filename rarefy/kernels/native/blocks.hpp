@@ -176,13 +176,13 @@ constexpr i64 kRows = 256; // rows of blocks whose parts are visited in turn: th
 // A narrow tile has room for more parts in the first cache; where rows hold little, fewer and longer visits to each are cheaper.
 inline i64 parts_together(const Blocks& w, int lanes) {
   const i64 stored = w.start[w.high() * w.parts()], room = kColumns / lanes;
-  return std::max<i64>(room, std::min<i64>(room * 8, 32 * w.high() * w.parts() / std::max<i64>(stored, 1)));
+  return std::max<i64>(room, std::min<i64>(room * 8, 16 * w.high() * w.parts() / std::max<i64>(stored, 1)));
 }
 
 template <class V, int Lanes> void tile(const Blocks& w, const float* x, const float* bias, float* y, i64 from, i64 to) {
   constexpr int all = Lanes / V::width, room = V::registers / 2;
   constexpr int one = std::min(all, room), four = std::min(all, room / 4);
-  constexpr int chains = std::max(1, std::min(4, room / one)), chains4 = std::max(1, room / 4 / four / 2);
+  constexpr int chains = std::max(1, std::min({4, room / one, 8 / one})), chains4 = std::max(1, room / 4 / four / 2);
   const bool plain = w.width == 1;
   const i64 parts = w.parts();
   for (i64 at = from * w.height; at < to * w.height; at++)
