@@ -96,7 +96,7 @@ def _transformers(implementation: str, bank: GLU, routed: Routed) -> Product:
     with torch.device("meta"):
         module: Any = Qwen3MoeExperts(config)
     module.gate_up_proj, module.down_proj = bank.gate_up_proj, bank.down_proj
-    return lambda x: module(x, routed.expert, routed.weight)  # type: ignore[no-any-return]
+    return lambda x: module(x, routed.expert, routed.weight)
 
 
 EXPERTS_PEERS: dict[str, Peer] = {
