@@ -20,7 +20,23 @@ from rarefy.kernels.library import native
 jsonschema = pytest.importorskip("jsonschema")
 transformers = pytest.importorskip("transformers")
 SCHEMAS = Path(__file__).parent.parent / "docs" / "schema"
-VERBS = ("prune", "pack", "eval", "generate", "compare", "optimize", "catalogue", "train", "methods", "cache", "report", "bench", "bench decode", "optimize for speed")
+VERBS = (
+    "prune",
+    "pack",
+    "eval",
+    "generate",
+    "compare",
+    "optimize",
+    "catalogue",
+    "train",
+    "methods",
+    "cache",
+    "report",
+    "bench",
+    "bench experts",
+    "bench decode",
+    "optimize for speed",
+)
 
 
 def model_folder(folder: Path) -> str:
@@ -61,6 +77,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
         "cache": [],
         "report": [str(folder / "half")],
         "bench": ["--layout", "bitmask,n_m@2:4", "--shape", "8x64", "--memory", "100000", "--rounds", "5"],
+        "bench experts": ["--op", "experts", "--experts", "4:2:8:4", "--memory", "1", "--rounds", "5"],
     }
     cached_folder("entry", lambda draft: draft.joinpath("file").write_bytes(b"12"), {})
     commands["bench decode"] = [

@@ -71,7 +71,7 @@ def test_two_checkpointed_forwards_equal_plain_ones() -> None:
 
 def test_the_page_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     scope: dict[str, Any] = {}
     for block in blocks:
         exec(block, scope)

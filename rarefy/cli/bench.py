@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -18,15 +18,17 @@ from rarefy.core.discover import pick
 from rarefy.core.errors import BadInput, Refused
 from rarefy.probes.bench import MEMORY, PEERS, Subject
 from rarefy.probes.bench import bench as bench_linear
+from rarefy.probes.experts_bench import EXPERTS_PEERS, Sizes, bench_experts
 from rarefy.probes.ggml import NAMES
 from rarefy.probes.skip_bench import bench_skip
 
 EPILOG = (
     "Examples:  rarefy bench --layout bitmask,csr --density 0.5,0.1 --batch 1,64   ·   rarefy bench --layout block@block:4x1,n_m@2:4 --peer torch-dense,own-dense --json   ·   "
-    "rarefy bench --op skip --layout columns --density 0.5,0.25   ·   rarefy bench --op decode --model demo --model half-packed --model demo@transformers   ·   rarefy bench --op decode --model small@native+int8 --model demo@llama.cpp"
+    "rarefy bench --op skip --layout columns --density 0.5,0.25   ·   rarefy bench --op experts --batch 1,16,128   ·   rarefy bench --op decode --model demo --model half-packed --model demo@transformers   ·   rarefy bench --op decode --model small@native+int8 --model demo@llama.cpp"
 )
 PROMPT = 8  # tokens
 LINEAR = ("layout", "pattern", "shape", "density", "batch", "peer", "ratio", "spread", "ours_us", "peer_us", "gb_per_s", "roofline")
+EXPERTS = ("experts", "k", "width", "inner", "tokens", "peer", "ratio", "spread", "ours_us", "peer_us", "gb_per_s", "roofline")
 DECODE = ("model", "engine", "precision", "density", "claim", "ratio", "spread", "tokens_per_s", "perplexity", "interval", "model_bytes", "dominated_by")
 
 
@@ -38,7 +40,8 @@ class Asked:
     shape: str
     density: str
     batch: str
-    peer: str
+    peer: str | None
+    experts: str
     rounds: int
     memory: int
     seed: int
@@ -49,11 +52,22 @@ class Asked:
     quiet: bool
 
 
+def _peers(asked: Asked, usual: Iterable[str]) -> list[str]:
+    return list(usual) if asked.peer is None else asked.peer.split(",")
+
+
 def _products(run: Callable[..., list[dict[str, Any]]], asked: Asked) -> list[dict[str, Any]]:
     subjects, shapes = [Subject.parse(text) for text in asked.layout.split(",")], [_shape(text) for text in asked.shape.split(",")]
-    densities, batches, peers = _numbers(asked.density, float), _numbers(asked.batch, int), asked.peer.split(",")
+    densities, batches, peers = _numbers(asked.density, float), _numbers(asked.batch, int), _peers(asked, ("torch-dense", "own-dense"))
     with bars(quiet=asked.quiet) as progress:
         return run(subjects, shapes, densities, batches, peers, rounds=asked.rounds, seed=asked.seed, memory=asked.memory, progress=progress)
+
+
+def _experts(asked: Asked) -> list[dict[str, Any]]:
+    quiet()
+    layers, tokens = [Sizes.parse(text) for text in asked.experts.split(",")], _numbers(asked.batch, int)
+    with bars(quiet=asked.quiet) as progress:
+        return bench_experts(layers, tokens, _peers(asked, EXPERTS_PEERS), rounds=asked.rounds, seed=asked.seed, memory=asked.memory, progress=progress)
 
 
 def _decode(asked: Asked) -> list[dict[str, Any]]:
@@ -81,19 +95,33 @@ class Op:
     columns: tuple[str, ...]
 
 
-OPS = {"linear": Op(partial(_products, bench_linear), LINEAR), "skip": Op(partial(_products, bench_skip), LINEAR), "decode": Op(_decode, DECODE)}
+OPS = {
+    "linear": Op(partial(_products, bench_linear), LINEAR),
+    "skip": Op(partial(_products, bench_skip), LINEAR),
+    "experts": Op(_experts, EXPERTS),
+    "decode": Op(_decode, DECODE),
+}
 
 
 @app.command(epilog=EPILOG)
 def bench(
     op: Annotated[
-        str, typer.Option(help="What is timed: linear (one product), skip (one with dense weights and zeros in x, of which --density is the rest) or decode (whole models).")
+        str,
+        typer.Option(
+            help="What is timed: linear (one product), skip (one with dense weights and zeros in x, of which --density is the rest), experts (a routed layer's) or decode (whole models)."
+        ),
     ] = "linear",
     layout: Annotated[str, typer.Option(help="Layouts, comma-separated; LAYOUT@PATTERN for weights that have a structure, e.g. n_m_g@2:4:16.")] = "bitmask,csr",
     shape: Annotated[str, typer.Option(help="Shapes OUTxIN, comma-separated.")] = "2048x8192",
     density: Annotated[str, typer.Option(help="Shares of weights (skip: of inputs) that are not zero, comma-separated.")] = "0.5",
-    batch: Annotated[str, typer.Option(help="Rows of x, comma-separated.")] = "1",
-    peer: Annotated[str, typer.Option(help=f"What to compare a product with, comma-separated: {', '.join([*PEERS, *NAMES])}, or any layout.")] = "torch-dense,own-dense",
+    batch: Annotated[str, typer.Option(help="Rows of x (experts: tokens), comma-separated.")] = "1",
+    peer: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What to compare with, comma-separated; a product: {', '.join([*PEERS, *NAMES])}, or any layout (default: torch-dense,own-dense); experts: {', '.join(EXPERTS_PEERS)} (default: all)."
+        ),
+    ] = None,
+    experts: Annotated[str, typer.Option(help="Layers of gated experts EXPERTS:K:WIDTH:INNER, comma-separated.")] = "64:8:512:512",
     model: Annotated[list[str] | None, typer.Option(help="To decode with: MODEL, MODEL@ENGINE or MODEL@native+HEAD; repeat it, the first one is the peer.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens that are decoded in a round.", min=1, max=400)] = 32,
     scored: Annotated[int, typer.Option(help="Held-out tokens of the perplexity beside a model's speed.", min=2)] = 4096,
@@ -109,7 +137,7 @@ def bench(
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     if max_load is not None and load > max_load:
         raise Refused(f"a load of {load:.2f} a core", f"this run is to refuse above {max_load:g}", "wait until the machine is quiet")
-    rows = chosen.run(Asked(layout, shape, density, batch, peer, rounds, memory, seed, model or [], tokens, scored, text, as_json))
+    rows = chosen.run(Asked(layout, shape, density, batch, peer, experts, rounds, memory, seed, model or [], tokens, scored, text, as_json))
     for warning in sorted({row["warning"] for row in rows if row["warning"]}):
         err.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     show(rows, as_json, lambda rows: _draw(rows, chosen.columns))

@@ -27,6 +27,7 @@ ROLES = (
     roles.Penalty,
     roles.Trigger,
     roles.Choice,
+    roles.Mixture,
     roles.Overflow,
     roles.Balance,
     roles.Layout,

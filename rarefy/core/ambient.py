@@ -59,8 +59,8 @@ class Ambient:
 
     Raises:
         BadInput: the model has no routed layer; a mask that is not [B, past + T] (set `valid` in a block instead).
-        Refused: the model has an Ambient already, or is an encoder with a decoder (attach one to each); a checkpointed layer is
-            recomputed without `replay`.
+        Refused: the model has an Ambient already, or is an encoder with a decoder (attach one to each); it generates text, and a
+            layer's tokens see later ones; a checkpointed layer is recomputed without `replay`.
 
     >>> class Host(nn.Module):
     ...     def __init__(self):
@@ -91,6 +91,9 @@ class Ambient:
             raise Refused(f"a second Ambient on {type(model).__name__}", "a layer reads one context", "detach the first one")
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True:
             raise Refused(f"one Ambient on {type(model).__name__}", "its encoder and decoder see different tokens", "attach one to each of the two")
+        ahead = [path for path in (seat.rpartition(".")[0] for seat in seats) if getattr(model.get_submodule(path), "causal", True) is False]
+        if ahead and _generates(model):
+            raise Refused(f"{ahead[0]} in {type(model).__name__}", "its tokens see later ones, and the model generates text", "use a layer that routes each token by itself")
         ambient = cls()
         for path, seat in seats.items():
             seat.ambient, seat.path = ambient, path.rpartition(".")[0]
@@ -186,6 +189,12 @@ def aligned(context: Context, rows: int) -> Context:
         if value is not None and value.numel() != rows:
             raise BadInput(f"context field {name} of {value.numel()} rows", f"the layer sees {rows}", f"give {name} for the rows of the layer")
     return context
+
+
+def _generates(model: nn.Module) -> bool:
+    """Whether a transformers model predicts each token from those before it."""
+    can, config = getattr(model, "can_generate", None), getattr(model, "config", None)
+    return getattr(config, "is_decoder", False) is True or (callable(can) and can() is True)
 
 
 def _of_layer(value: _T | Mapping[str, _T] | None, path: str) -> _T | None:

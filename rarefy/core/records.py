@@ -301,6 +301,26 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Slots:
+    """Soft routing over S slots per expert: dispatch and combine [G, M, E, S], a token's share in a slot and a slot's share in a token."""
+
+    dispatch: Tensor
+    combine: Tensor
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Routing in weight space: group g runs one expert, whose parameters are ``sum_k weight[g, k] W_expert[g, k]``.
+
+    weight [G, k] and expert [G, k]; `routing` of the G groups is what balance losses see, where there are some.
+    """
+
+    weight: Tensor
+    expert: Tensor
+    routing: Routing | None = None
+
+
+@dataclass(frozen=True)
 class Entry:
     """What a Trace saw of one layer call."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from rarefy.core.records import Access, Context, Delta, Entries, Entry, Key, Paper, Progress, Pruned, Routing, Scores, Units
+from rarefy.core.records import Access, Context, Delta, Entries, Entry, Key, Mix, Paper, Progress, Pruned, Routing, Scores, Slots, Units
 
 
 class Role(ABC):
@@ -214,6 +214,30 @@ class Choice(Role):
     def invariants(self, routing: Routing, scores: Scores, context: Context) -> dict[str, bool]:
         """{what holds of every routing that it makes: whether it does}; the contract suite asks over many scores."""
         return {}
+
+
+class Mixture(Role):
+    """(Scores, Context) -> Slots | Mix over groups of tokens: nothing is chosen, everything takes part by its share.
+
+    `affinity` makes a module (x [G, M, d], context) -> Scores, `before` one whose output is added to the tokens first (None: nothing);
+    a context's `valid` is [G, M]. `bank` (None: gated experts) and `balances` are what its paper trains it with.
+    """
+
+    bank: ClassVar[MakesBank | None] = None
+    balances: ClassVar[tuple[Balance, ...]] = ()
+
+    @abstractmethod
+    def affinity(self, width: int, experts: int, /) -> nn.Module: ...
+
+    @abstractmethod
+    def __call__(self, scores: Scores, context: Context) -> Slots | Mix: ...
+
+    def before(self, width: int) -> nn.Module | None:
+        return None
+
+    def causal(self, training: bool) -> bool:
+        """Whether what a token takes part in never depends on the tokens after it."""
+        return False
 
 
 class Overflow(Role):

@@ -90,7 +90,8 @@ PAPER = Paper(
     "arXiv 2204.09179",
     (
         "no capacity bounds an expert by default: the paper states none",
-        "centres are put back to length 1.5 between steps, which is of the authors' code and not in the paper",
+        "the equations were read in the paper (6-10, section 3.3)",
+        "centres are put back to length 1.5 between steps, which is of the authors' code (torchscale, which does it before every forward) and not in the paper",
         "the collapse measure weighs experts by their rows, which the paper leaves open",
         "experts are single gated layers, where the paper's are three feed-forward sublayers; the multilingual pre-training was not run",
         "freezing for fine-tuning is a function of the API, and no command takes it",

@@ -67,6 +67,7 @@ class FineGrained(Choice):
         "DeepSeekMoE: Towards Ultimate Expert Specialization in Mixture-of-Experts Language Models",
         "arXiv 2401.06066",
         (
+            "the equations were read in the paper (sections 3 and 4.5), and the layer compared with transformers' DeepSeek-V2",
             "the device-level loss is a part of its own (grouped_load), as in the paper's smaller models off by default",
             "experts are drawn by their own width, where the paper draws every weight with deviation 0.006",
             "that finer and shared experts lose less at equal budgets did not reproduce on a character model of 8 experts in 1,200 steps (three seeds)",

@@ -25,7 +25,7 @@ class SteeredSparsity(Controller):
     n_e is how many of the T rows that are not padding expert e serves (a count, no gradient): an L1 penalty that weighs on those with
     much load. After every step ``lambda *= factor`` where the share S of pairs of a row and an expert that are idle, over all layers and
     forwards of the step, was below ``1 - K / E``, else ``lambda /= factor``. The state is {"strength": lambda, "sparsity": S of the last step}.
-    Source: Wang et al., ReMoE, arXiv 2412.14711, section 3: lambda from 1e-8, factor 1.2.
+    Source: Wang et al., ReMoE, arXiv 2412.14711, as noted from its code: lambda from 1e-8, factor 1.2.
 
     Raises:
         BadInput: K or the start not positive, a factor not above 1.
@@ -76,7 +76,7 @@ class ReLURouting(Choice):
     Scores with logits [R, E] -> Routing of R*E assignments, those at or below zero to nobody (which costs no expert); not normalised. It is
     continuous in the logits: an expert comes and goes at weight 0. A row may have none, and then comes out as zeros. In training
     `SteeredSparsity` brings the mean number of experts per row to `target`; call `Control.loss`. There is no capacity, and no other loss.
-    Source: Wang et al., ReMoE, arXiv 2412.14711, section 3.
+    Source: Wang et al., ReMoE, arXiv 2412.14711, as noted from its code.
 
     >>> r = ReLURouting()(Scores(torch.tensor([[0.5, -1.0, 2.0]])), Context())
     >>> r.expert.tolist(), r.weight.tolist()
@@ -92,6 +92,7 @@ class ReLURouting(Choice):
             "the sparsity is measured over the forwards of one process",
             "the strength is a double-precision number of the training flow, where the authors' code has a float32 buffer",
             "experts of the dense first steps are run as they are, without recomputing them to save memory",
+            "the equations rest on notes made from the authors' code; of them the penalty was compared with a fork of that code, the strength's rule was not, and the paper was not read",
             "its language models were not trained",
         ),
     )

@@ -146,7 +146,7 @@ class DSelect(Choice):
         "DSelect-k: Differentiable Selection in the Mixture of Experts with Applications to Multi-Task Learning",
         "arXiv 2106.03760",
         (
-            "the equations were read in the authors' code, which sums its losses over rows where we take means",
+            "the equations were read in the authors' code alone, not in the paper; it sums its losses over rows where we take means",
             "the weight of the entropy is a constant, where the code lets it follow the step",
             "nothing is rounded at export: a row whose bits have not settled keeps more than k experts",
             "the recommender and vision experiments were not run",

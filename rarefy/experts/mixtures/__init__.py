@@ -1,0 +1,1 @@
+"""Mixtures that are no choice: everything takes part by its share, one idea per file."""
