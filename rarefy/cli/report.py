@@ -12,8 +12,8 @@ from rarefy.cli.output import line, show
 from rarefy.probes.report import write_report
 
 
-@app.command(epilog="Examples:  rarefy report half   ·   rarefy report half-packed   ·   rarefy report half-healed --json")
+@app.command(epilog="Examples:  rarefy report half   ·   rarefy report half-packed   ·   rarefy report fast   ·   rarefy report half-healed --json")
 def report(folder: Annotated[str, typer.Argument(help="A folder that prune, optimize, heal, pack or unpack wrote.")], as_json: Json = False) -> None:
-    """One self-contained page about a pruned, healed or packed folder, written into it as report.html."""
+    """One self-contained page about a pruned, healed, packed or unpacked folder, or one that a search wrote, as report.html inside it."""
     record = {"report": str(write_report(folder))}
     show(record, as_json, lambda r: line(r["report"]))

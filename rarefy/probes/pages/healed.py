@@ -6,23 +6,26 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from rarefy.probes.html import curve, document, megabytes, paragraph, ranges, table
+from rarefy.probes.figures.lines import curve, ranges
+from rarefy.probes.html import Section, megabytes, paragraph, table
+from rarefy.probes.pages.layers import sizes
+from rarefy.probes.pages.page import Facts, Page
 
-SETTINGS = ("method", "options", "teacher", "text", "pruned", "threads", "versions")
+SETTINGS = ("method", "options", "course", "teacher", "text", "pruned", "threads", "versions")
 
 
-def page(record: Mapping[str, Any], size: int) -> str:
-    """The page of one record; `size` is the bytes of the weights on disk."""
+def page(record: Mapping[str, Any], facts: Facts) -> Page:
     scored = [(when, record[f"perplexity_{when}"]) for when in ("before", "after")]
-    parts = [
-        paragraph(_headline(record, size)),
-        ranges("Held-out perplexity", [(when, s["value"], s["interval"], css) for (when, s), css in zip(scored, "ba", strict=True)], "lower is better"),
-        curve("Training loss, step by step", record["train_loss"], "loss"),
-        table("Held-out", ("", "perplexity", "95% interval", "loss a token"), [_cells(when, s, record[f"loss_{when}"]) for when, s in scored]),
-        table("What was run", ("setting", "value"), [(k, json.dumps(record[k])) for k in SETTINGS if k in record]),
-        paragraph("Perplexities and counts are measured. The weights are dense with zeros: this page makes no claim about speed.", "soft"),
+    drawn = ranges([(when, s["value"], s["interval"], css) for (when, s), css in zip(scored, "ba", strict=True)], "perplexity, lower is better")
+    head = ("when", "perplexity", "95% interval", "loss a token")
+    sections = [
+        Section("Held-out perplexity", drawn + table("Before and after, on the same held-out tokens.", head, [_cells(when, s, record[f"loss_{when}"]) for when, s in scored])),
+        Section("Training loss, step by step", curve(record["train_loss"], "loss", "steps")),
+        Section("Size of the weights that are not zero", sizes(facts.sizes)),
+        Section("What was run", table("Settings of this run.", ("setting", "value"), [(k, json.dumps(record[k])) for k in SETTINGS if k in record], words=True)),
     ]
-    return document(f"{record['model']}, healed by {record['method']}", parts)
+    foot = "Perplexities and counts are measured. The weights are dense with zeros: this page makes no claim about speed."
+    return Page(f"{record['model']}, healed by {record['method']}", [paragraph(_headline(record, facts.bytes))], sections, foot)
 
 
 def _headline(record: Mapping[str, Any], size: int) -> str:

@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rarefy.probes.html import chart, document, megabytes, number, paragraph, table
+from rarefy.probes.html import Section, megabytes, number, paragraph, table
+from rarefy.probes.pages.layers import Column, Site, along, by_block, sizes, spread
+from rarefy.probes.pages.page import Facts, Page
 
 
-def page(record: Mapping[str, Any], size: int) -> str:
-    """The page of one record; `size` is the bytes of the weights on disk."""
-    sites = record["sites"]
-    rows = [{"name": s["name"], "density": s["density"], "dense": s["bytes_dense"] / 1e3, "stored": s["bytes"] / 1e3, "error": s["error"]} for s in sites]
-    lossy = any(s["error"] for s in sites)
+def page(record: Mapping[str, Any], facts: Facts) -> Page:
     gating = record.get("gating") or {}
-    parts = [
-        paragraph(_headline(record, size)),
-        paragraph(_spared(gating)),
-        chart("Bytes, matrix by matrix", rows, (("dense", "b", "dense"), ("stored", "a", "stored")), " kB"),
-        chart("Density, matrix by matrix", rows, (("density", "a", "weights that are not zero"),)),
-        chart("Relative error of the stored weights, matrix by matrix", rows, (("error", "b", "rounding of the layout"),)) if lossy else "",
-        table("Gates", ("place", "gate", "density asked", "density, held-out"), _gates(record["gates"], gating)),
-        table("Narrower MLPs", ("matrices", "units before", "units after"), [(", ".join(e["rows"]), str(e["from"]), str(e["to"])) for e in record["edits"]]),
-        table("Every matrix", ("matrix", "layout", "density", "dense", "stored", "error", "stays dense because"), [_cells(s) for s in sites]),
-        paragraph("Bytes, densities and errors are measured. `rarefy bench` and `rarefy generate` measure speed; this page makes no claim about it.", "soft"),
+    inputs = {m["name"]: m for m in gating["ledger"]["matrices"]} if gating else {}
+    sites = [{**s, "dense_kb": s["bytes_dense"] / 1e3, "stored_kb": s["bytes"] / 1e3, "ledger": inputs.get(s["name"].removesuffix(".weight"))} for s in record["sites"]]
+    lossy = any(s["error"] for s in sites)
+    gated = [{**s, "inputs": s["ledger"]["density"]} for s in sites if s["ledger"]]
+    edits = [(", ".join(e["rows"]), str(e["from"]), str(e["to"])) for e in record["edits"]]
+    sections = [
+        Section("Bytes, matrix by matrix", along(sites, (("dense_kb", "b", "dense"), ("stored_kb", "a", "stored")), "kB", " kB")),
+        Section("Density, matrix by matrix", along(sites, (("density", "a", "share of the weights that are not zero"),), "density")),
+        Section("Inputs that stay, matrix by matrix", along(gated, (("inputs", "a", "share of the inputs that are not zero after the gates"),), "density")),
+        Section("Relative error of the stored weights, matrix by matrix", along(sites, (("error", "b", "rounding of the layout"),), "error") if lossy else ""),
+        Section("How densities are spread", spread(sites, (("density", "density of the weights"),), "density")),
+        Section("How errors are spread", spread(sites, (("error", "rounding"),), "relative error of the stored weights") if lossy else ""),
+        Section("Size of the weights stored", sizes(facts.sizes)),
+        Section("Every matrix", by_block("Layouts, bytes and errors", [*_columns(), *(GATED if inputs else ()), BECAUSE], sites)),
+        Section("Gates", table("Where activations are zeroed.", ("place", "gate", "density asked", "density, held-out"), _gates(record["gates"], gating))),
+        Section("Narrower MLPs", table("Hidden units that were cut out.", ("matrices", "units before", "units after"), edits)),
     ]
-    return document(f"{number(record['packed'], 'matrix', 'matrices')} packed: {record['layout']}", parts)
+    lead = [paragraph(_headline(record, facts.bytes)), paragraph(_spared(gating))]
+    foot = "Bytes, densities and errors are measured. `rarefy bench` and `rarefy generate` measure speed; this page makes no claim about it."
+    return Page(f"{number(record['packed'], 'matrix', 'matrices')} packed: {record['layout']}", lead, sections, foot)
 
 
 def _headline(record: Mapping[str, Any], size: int) -> str:
     before, after = record["bytes_dense"], record["bytes_stored"]
-    layouts = Counter(s["layout"] or "dense" for s in record["sites"])
     return (
         f"{record['packed']} of {len(record['sites'])} matrices are packed: {megabytes(before)} became {megabytes(after)} "
-        f"({after / max(before, 1):.1%}); {megabytes(size)} on disk with everything else. "
-        f"Layouts: {', '.join(f'{name} {count}' for name, count in layouts.most_common())}."
+        f"({after / max(before, 1):.1%}); {megabytes(size)} on disk with everything else. Layouts: {_layouts(record['sites'])}."
     )
 
 
@@ -58,6 +62,34 @@ def _share(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4f}"
 
 
-def _cells(site: Mapping[str, Any]) -> tuple[str, ...]:
-    stored = (megabytes(site["bytes_dense"]), megabytes(site["bytes"]), f"{site['error']:.4f}")
-    return (site["name"], site["layout"] or "dense", f"{site['density']:.4f}", *stored, site["dense_because"] or "")
+def _layouts(sites: Sequence[Site]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in Counter(s["layout"] or "dense" for s in sites).most_common())
+
+
+def _density(sites: Sequence[Site]) -> str:
+    """Of all weights together; a matrix counts by its dense bytes."""
+    size = sum(s["bytes_dense"] for s in sites)
+    return f"{sum(s['density'] * s['bytes_dense'] for s in sites) / size:.4f}" if size else "-"
+
+
+def _executed(sites: Sequence[Site]) -> str:
+    rows = [s["ledger"] for s in sites if s["ledger"]]
+    dense = sum(row["macs"] for row in rows)
+    return f"{sum(row['macs_executed'] for row in rows) / dense:.4f}" if dense else "-"
+
+
+def _columns() -> list[Column]:
+    return [
+        Column("layout", lambda s: s["layout"] or "dense", _layouts),
+        Column("density", lambda s: f"{s['density']:.4f}", _density),
+        Column("dense", lambda s: megabytes(s["bytes_dense"]), lambda found: megabytes(sum(s["bytes_dense"] for s in found))),
+        Column("stored", lambda s: megabytes(s["bytes"]), lambda found: megabytes(sum(s["bytes"] for s in found))),
+        Column("error", lambda s: f"{s['error']:.4f}", lambda found: f"mean {sum(s['error'] for s in found) / len(found):.4f}"),
+    ]
+
+
+GATED = (
+    Column("inputs that stay", lambda s: f"{s['ledger']['density']:.4f}" if s["ledger"] else "-", lambda found: ""),
+    Column("multiply-adds that stay", lambda s: _executed([s]), _executed),
+)
+BECAUSE = Column("stays dense because", lambda s: s["dense_because"] or "", lambda found: f"{sum(s['layout'] is None for s in found)} dense")
