@@ -32,13 +32,15 @@ if TYPE_CHECKING:
     from rarefy.probes.perplexity import perplexity as perplexity
     from rarefy.surgery.heal import heal as heal
     from rarefy.weights.formats import set_formats as set_formats
+    from rarefy.weights.masks import apply_masks as apply_masks
+    from rarefy.weights.masks import from_torch_prune as from_torch_prune
     from rarefy.weights.optimize import optimize as optimize
     from rarefy.weights.prune import prune as prune
     from rarefy.weights.sites import find_sites as find_sites
     from rarefy.weights.sparsifier import Sparsifier as Sparsifier
     from rarefy.weights.train import train as train
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 _lazy.install()
 
 _WHERE = {
@@ -63,6 +65,8 @@ _WHERE = {
     "prune": "weights.prune",
     "find_sites": "weights.sites",
     "set_formats": "weights.formats",
+    "apply_masks": "weights.masks",
+    "from_torch_prune": "weights.masks",
     "Sparsifier": "weights.sparsifier",
     "train": "weights.train",
 }

@@ -21,6 +21,7 @@ from rarefy.cli.output import bars, err, line, show
 from rarefy.cli.prune import need_tokenizer, versions
 from rarefy.cli.resuming import finished, resumable
 from rarefy.core.errors import BadFile, BadInput, Refused
+from rarefy.hub.card import Card, Figure
 from rarefy.hub.export import RECORD as PRUNED
 from rarefy.hub.export import clear_drafts, save_dense
 from rarefy.hub.load import Loaded
@@ -194,17 +195,22 @@ def _origin(source: Path) -> dict[str, Any] | None:
 
 def _write(loaded: Loaded, out: Path, record: dict[str, Any], timings: dict[str, Any], force: bool) -> None:
     saved = json.dumps({**record, "out": out.name}, indent=1) + "\n"
-    extra = {RECORD: lambda path: path.write_text(saved), "README.md": lambda path: path.write_text(_card(record))}
-    save_dense(loaded.model, loaded.tokenizer, out, force=force, timings=timings, extra=extra)
+    extra = {RECORD: lambda path: path.write_text(saved)}
+    save_dense(loaded.model, loaded.tokenizer, out, force=force, card=_card(record), timings=timings, extra=extra)
 
 
-def _card(r: dict[str, Any]) -> str:
-    return (
-        f"# {r['model']}, healed\n\n"
-        f"Trained back with rarefy: method `{r['method']}`, {r['tokens']} tokens in {r['steps']} steps; held-out perplexity {r['perplexity_before']['value']:.3f} before, "
-        f"{r['perplexity_after']['value']:.3f} after. All {r['zeros']['before']} zeros of {r['matrices']} matrices are still zero. The weights are dense with zeros and load in plain "
-        f"transformers.\n`{RECORD}` holds the record.\n"
-    )
+def _card(r: dict[str, Any]) -> Card:
+    teacher = "" if r["teacher"] is None else f", teacher `{r['teacher']['model']}`"
+    step = f"Healed with method `{r['method']}`{teacher}: {r['tokens']} tokens in {r['steps']} step{'' if r['steps'] == 1 else 's'}, on which all {r['zeros']['before']} zeros of {r['matrices']} matrices stayed zero."
+    text = r["text"]
+    how = f"perplexity on {text['held_out_tokens']} held-out tokens of {text['held_out']} text in windows of {text['window']}"
+    figures = [Figure(f"perplexity {when} healing", _interval(r[f"perplexity_{when}"]), how) for when in ("before", "after")]
+    return Card("healed", (step,), tuple(figures), RECORD)
+
+
+def _interval(scored: dict[str, Any]) -> str:
+    low, high = scored["interval"] or (None, None)
+    return f"{scored['value']:.3f}" + ("" if low is None else f" (95%: {low:.3f} to {high:.3f})")
 
 
 def _say_resumed(unit: str, done: int, total: int) -> None:

@@ -106,6 +106,7 @@ def run(
         saved = {
             **(pruned or {"model": loaded.spec, "recipe": "dense", "pattern": "", "density": 1.0, "sites": []}),
             "optimize": record,
+            "held_out": {"text": text or "embedded", "tokens": ids.numel()},
             "threads": torch.get_num_threads(),
             "versions": versions(),
         }

@@ -13,7 +13,7 @@ import typer
 
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed
-from rarefy.cli.loading import check_out, load_or_stream, need_plain, window
+from rarefy.cli.loading import check_out, load, load_or_stream, need_plain, window
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, err, line, show, table, text
 from rarefy.cli.resuming import finished, resumable
@@ -22,13 +22,14 @@ from rarefy.hub.export import clear_drafts, save_dense
 from rarefy.hub.tensor_file import write_tensors
 from rarefy.hub.text import calibration_batches
 from rarefy.weights.checkpoint import Checkpoint
+from rarefy.weights.masks import apply_masks, read_masks
 from rarefy.weights.prune import prune as prune_model
 
 MASKS = "masks.safetensors"  # packed bits, one 1-D tensor per site; shapes are in the record
 
 NAMED = 5  # matrices that a warning names
 
-EPILOG = "Examples:  rarefy prune demo --recipe sparsegpt --density 0.5 --out half   ·   rarefy prune demo --recipe wanda --pattern 2:4 --out two-four --json"
+EPILOG = "Examples:  rarefy prune demo --recipe sparsegpt --density 0.5 --out half   ·   rarefy prune demo --recipe wanda --pattern 2:4 --out two-four --json   ·   rarefy prune demo --masks masks.safetensors --out half"
 
 
 @app.command(epilog=EPILOG)
@@ -44,6 +45,9 @@ def prune(
     exclude: Annotated[list[str] | None, typer.Option(help="No modules that match this glob; may be repeated.")] = None,
     mode: Annotated[str, typer.Option(help="cascade or parallel statistics.")] = "cascade",
     errors: Annotated[bool, typer.Option(help="Measure errors on the calibration inputs; without, on the weights alone.")] = True,
+    masks: Annotated[
+        str | None, typer.Option(help="Prune by the masks of this safetensors file: a matrix's name, and 1 where a weight stays; recipe and density play no part.")
+    ] = None,
     stream: Annotated[bool | None, typer.Option(help="Leave the weights in their files and read a block at a time; default: where the folder is larger than memory.")] = None,
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = 8192,
@@ -54,6 +58,10 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Prune a model in one pass and write it as a plain folder with zeros."""
+    if masks is not None:
+        _refuse_beside_masks(criterion=criterion, allocation=allocation, pattern=pattern, calibration=calibration, stream=stream, include=include, exclude=exclude)
+        show({**by_masks(model, masks, out, dtype, device, force=force), "out": out}, as_json, _draw)
+        return
     chosen = names.recipe(recipe, criterion=criterion, allocation=allocation, pattern=pattern)
     check_density(density)
     check_out(out, model, force=force)
@@ -88,11 +96,29 @@ def prune(
             "versions": versions(),
         }
         timings = {"load_s": loaded_at - began, "prune_s": time.monotonic() - loaded_at}
-        masks = {MASKS: lambda path: _write_masks(path, record["sites"], checkpoint)}
-        save_dense(loaded.model, loaded.tokenizer, out, force=force, record=record, timings=timings, write=weights.write if weights else None, extra=masks)
+        extra = {MASKS: lambda path: _write_masks(path, record["sites"], checkpoint)}
+        save_dense(loaded.model, loaded.tokenizer, out, force=force, record=record, timings=timings, write=weights.write if weights else None, extra=extra)
         checkpoint.remove()
     warn_emptied(record["emptied"])
     show({**record, "out": out}, as_json, _draw)
+
+
+def _refuse_beside_masks(**others: Any) -> None:
+    for name, given in others.items():
+        if given:
+            raise BadInput(f"--masks and --{name}", "masks say all that is pruned", "pass one of them")
+
+
+def by_masks(model: str, file: str, out: str, dtype: str | None, device: str, *, force: bool) -> dict[str, Any]:
+    """Prune a model by a file of masks and write it; the record."""
+    check_out(out, model, force=force)
+    given = read_masks(file)
+    loaded = load(model, dtype=dtype, device=device)
+    need_plain(loaded)
+    record = {**apply_masks(loaded.model, given), "masks": Path(file).name, "threads": torch.get_num_threads(), "versions": versions()}
+    save_dense(loaded.model, loaded.tokenizer, out, force=force, record=record)
+    warn_emptied(record["emptied"])
+    return record
 
 
 def _write_masks(path: Path, sites: list[dict[str, Any]], checkpoint: Checkpoint) -> None:

@@ -14,6 +14,7 @@ from rarefy.cli.main import app
 from rarefy.cli.output import line, megabytes, show
 from rarefy.core.attach import detach_gates, gated
 from rarefy.core.errors import Refused
+from rarefy.hub.card import Card
 from rarefy.hub.export import save_dense
 from rarefy.hub.packed import Packed, dequantize
 from rarefy.hub.plan import edit_dict, gate_dict
@@ -59,8 +60,8 @@ def unpack(
         "dropped_gates": [{"name": place, **gate_dict(gate)} for place, gate in gates.items()],
         "widened": [edit_dict(edit) for edit in widened],
     }
-    extra = {RECORD: lambda path: path.write_text(json.dumps(record, indent=1) + "\n"), "README.md": lambda path: path.write_text(_card(record))}
-    save_dense(loaded.model, loaded.tokenizer, out, force=force, extra=extra)
+    extra = {RECORD: lambda path: path.write_text(json.dumps(record, indent=1) + "\n")}
+    save_dense(loaded.model, loaded.tokenizer, out, force=force, card=_card(record), extra=extra)
     show({**record, "out": out}, as_json, _draw)
 
 
@@ -68,12 +69,9 @@ def _plain(weight: torch.Tensor) -> dict[str, Any]:
     return {"density": int(torch.count_nonzero(weight)) / weight.numel(), "bytes_dense": weight.numel() * weight.element_size()}
 
 
-def _card(r: dict[str, Any]) -> str:
+def _card(r: dict[str, Any]) -> Card:
     gates = f" {len(r['dropped_gates'])} activation gates were left out." if r["dropped_gates"] else ""
-    return (
-        f"# {r['model']}, unpacked\n\n{len(r['sites'])} packed matrices made dense again with rarefy, every zero in place.{gates} The weights load in plain transformers.\n"
-        f"`{RECORD}` holds the record.\n"
-    )
+    return Card("unpacked", (f"{len(r['sites'])} packed matrices were made dense again, every zero in place.{gates}",), (), RECORD)
 
 
 def _draw(r: dict[str, Any]) -> None:

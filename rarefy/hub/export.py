@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from rarefy.core.attach import gated
 from rarefy.core.errors import Refused
 from rarefy.hub.atomic import atomic_folder
+from rarefy.hub.card import Card, Figure, write_card
 from rarefy.surgery.narrow import edits
 
 RECORD = "prune.json"
@@ -25,6 +26,7 @@ def save_dense(
     *,
     force: bool = False,
     record: Mapping[str, Any] | None = None,
+    card: Card | None = None,
     timings: Mapping[str, Any] | None = None,
     write: Callable[[Path], None] | None = None,
     extra: Mapping[str, Callable[[Path], None]] | None = None,
@@ -36,6 +38,7 @@ def save_dense(
         tokenizer: saved beside it, or None.
         out: the folder; must not exist with content unless `force`.
         record: deterministic JSON, written as prune.json; timings apart from it, since they differ run by run.
+        card: what the model card says was done; default: what the record says.
         write: writes config and weights into a folder, where the model does not hold its weights.
         extra: {file name: what writes it}; they appear with the folder, so that none can be missing.
 
@@ -57,11 +60,13 @@ def save_dense(
             tokenizer.save_pretrained(draft)
         if record is not None:
             (draft / RECORD).write_text(json.dumps({**record, "out": target.name}, indent=1) + "\n")
-            (draft / "README.md").write_text(_card(record))
         if timings is not None:
             (draft / TIMINGS).write_text(json.dumps(dict(timings), indent=1) + "\n")
         for name, put in (extra or {}).items():
             put(draft / name)
+        said = card if card is not None or record is None else pruned(record)
+        if said is not None:
+            write_card(draft, model, said)
     return target
 
 
@@ -79,10 +84,39 @@ def plain_config(model: Any) -> None:
         model.is_quantized = False
 
 
-def _card(record: Mapping[str, Any]) -> str:
+def pruned(record: Mapping[str, Any]) -> Card:
+    """What the record of `prune` or `optimize` says, for the model card."""
+    searched = record.get("optimize")
+    return Card("pruned", (_step(record),), (*_errors(record), *(() if searched is None else _losses(searched, record.get("held_out", {})))), RECORD)
+
+
+def _step(record: Mapping[str, Any]) -> str:
+    if not record["sites"]:
+        return "No density within the budget was found: the weights are those of the dense model."
+    pattern = f", pattern `{record['pattern']}`" if record["pattern"] else ""
+    allocation = f", allocation `{record['allocation']}`" if record.get("allocation") else ""
     return (
-        f"# {record['model']}, pruned\n\n"
-        f"Pruned with rarefy: recipe `{record['recipe']}`, pattern `{record['pattern']}`, {record['density']:.4%} of the weights in "
-        f"{len(record['sites'])} matrices kept. The weights are dense with zeros and load in plain transformers.\n"
-        "`prune.json` holds the record of every matrix.\n"
+        f"Pruned with recipe `{record['recipe']}`{pattern}{allocation}: {record['density']:.4%} of the weights in {len(record['sites'])} matrices were kept, the others are zero."
+    )
+
+
+def _errors(record: Mapping[str, Any]) -> Iterator[Figure]:
+    sites = record["sites"]
+    if not sites:
+        return
+    yield Figure("density", f"{record['density']:.4%}", f"weights kept, counted over {len(sites)} matrices")
+    measured = [site["error"] for site in sites if isinstance(site, Mapping) and site.get("error_on") == "inputs"]
+    seen = record.get("calibration")
+    if measured:
+        where = f" ({seen['tokens']} tokens of {seen['text']} text)" if seen else ""
+        yield Figure(
+            "relative output error", f"{sum(measured) / len(measured):.4f}", f"mean over {len(measured)} matrices of the root error of their outputs on calibration inputs{where}"
+        )
+
+
+def _losses(searched: Mapping[str, Any], heldout: Mapping[str, Any]) -> Iterator[Figure]:
+    low, high = searched["interval"]
+    tokens = f" on {heldout['tokens']} tokens of {heldout['text']} text" if heldout else ""
+    yield Figure(
+        "loss", f"{searched['loss']:.2%} (95%: {low:.2%} to {high:.2%})", f"rise of held-out perplexity over the dense model{tokens}; at most {searched['max_loss']:.2%} was asked"
     )

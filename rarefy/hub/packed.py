@@ -16,6 +16,7 @@ from rarefy.core.attach import OUTPUT, attach_gate, gated, plain_type, viewed
 from rarefy.core.errors import BadFile, BadInput, MissingExtra, Refused
 from rarefy.core.roles import Matrix, Rows
 from rarefy.hub.atomic import atomic_folder
+from rarefy.hub.card import Card, Figure, write_card
 from rarefy.hub.export import plain_config
 from rarefy.hub.plan import DTYPES, Layer, Plan, beside, edit_dict, gate_dict
 from rarefy.hub.tensors import INDEX, Stored, digest, read_json, stored
@@ -216,7 +217,7 @@ def save_packed(
                 seals = {key: tensor.seal() for key, tensor in stored(draft.glob("*.safetensors")).items()}
                 model.config.quantization_config = RarefyConfig(**Plan(layers, plan.edits, gates, seals).to_dict())
                 model.config.save_pretrained(draft)
-                (draft / "README.md").write_text(_card(model, record))
+            write_card(draft, model, _card(record))
             (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     finally:
         if hasattr(model.config, "quantization_config"):
@@ -224,17 +225,26 @@ def save_packed(
     return record
 
 
-def _card(model: Any, record: Mapping[str, Any]) -> str:
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    holds = [f"{record['packed']} of {len(record['sites'])} matrices are packed"]
+def _card(record: Mapping[str, Any]) -> Card:
+    if not record["packed"] and not record["edits"]:
+        return Card("packed", ("No matrix is smaller packed: the weights are stored as they were.",), (), RECORD)
+    holds = [f"{record['packed']} of {len(record['sites'])} matrices are stored packed, layout `{record['layout']}`"]
     holds += [f"{len(record[what])} {words}" for what, words in (("gates", "activation gates"), ("edits", "narrower MLPs")) if record[what]]
-    return (
-        f"# {Path(name).name if Path(name).exists() else name}, packed\n\n"
-        f"{', '.join(holds)}. transformers needs rarefy to load them, and raises an error without it:\n\n"
-        f"```sh\npip install 'rarefy[hub]'\n```\n\n```python\nimport rarefy\nfrom transformers import {type(model).__name__}\n\n"
-        f"model = {type(model).__name__}.from_pretrained(FOLDER)\n```\n\n"
-        f"`rarefy unpack FOLDER --out PLAIN` makes plain weights of them. `{RECORD}` holds the record of every matrix.\n"
-    )
+    return Card("packed", (", ".join(holds) + ".",), tuple(_figures(record)), RECORD, packed=True)
+
+
+def _figures(record: Mapping[str, Any]) -> Iterator[Figure]:
+    stored, dense = record["bytes_stored"], record["bytes_dense"]
+    yield Figure("bytes of the matrices", f"{stored:,}", f"stored, of {dense:,} dense" + (f" ({stored / dense:.1%})" if dense else ""))
+    lossy = [site["error"] for site in record["sites"] if site["error"]]
+    if lossy:
+        yield Figure(
+            "relative error of the weights", f"{sum(lossy) / len(lossy):.4f}", f"mean over the {len(lossy)} matrices that lost bits, of the norm of the difference to the norm"
+        )
+    if "gating" in record:
+        ledger = record["gating"]["ledger"]
+        yield Figure("activations that stay", f"{record['gating']['density']:.2%}", f"of the gated ones, on {ledger['tokens']} held-out tokens ({record['gating']['gating']})")
+        yield Figure("multiply-adds of the matrices", f"{ledger['mac_density']:.2%}", "of the dense model's, counted on the same tokens")
 
 
 def _write(model: Any, draft: Path, packed: dict[str, Tensor], max_shard_size: str | int) -> None:

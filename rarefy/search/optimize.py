@@ -25,7 +25,9 @@ from rarefy.core.journal import Journal
 from rarefy.core.records import Gating, Recipe
 from rarefy.core.search import Bisect
 from rarefy.hub.atomic import atomic_folder, check_target
+from rarefy.hub.card import Card, Figure, write_card
 from rarefy.hub.load import Loaded, load
+from rarefy.hub.packed import RECORD as PACKED
 from rarefy.hub.packed import save_packed
 from rarefy.probes.decoding import cut, rounds_of
 from rarefy.probes.perplexity import token_nll
@@ -129,10 +131,21 @@ def optimize_for(
             for file in folders[rows.index(best)].iterdir():
                 file.rename(draft / file.name)
             (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+            write_card(draft, loaded.model, _card(best, max_loss, data, packed=bool(json.loads((draft / PACKED).read_text())["packed"])))
         tries.journal.path.unlink(missing_ok=True)
         return record
     finally:
         shutil.rmtree(drafts, ignore_errors=True)
+
+
+def _card(best: dict[str, Any], max_loss: float, data: Data, *, packed: bool) -> Card:
+    low, high = best["interval"]
+    protocol = f"rise of perplexity over the dense model on {data.heldout.numel()} held-out tokens in windows of {data.window}; at most {max_loss:.2%} was asked"
+    figures = (
+        Figure("loss", f"{best['loss']:.2%} (95%: {low:.2%} to {high:.2%})", protocol),
+        Figure("decoding", f"{best['tokens_per_s']:.4g} tokens/s", f"measured by {best['engine']} with {torch.get_num_threads()} threads, all forms in turn"),
+    )
+    return Card("optimized", (f"Searched for a form that loses little; chosen, and stored: `{best['form']}`.",), figures, RECORD, packed)
 
 
 def _forms(tries: _Tries, target: Target, levers: Levers) -> Iterator[Form]:
