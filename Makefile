@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH  := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: install demo test check docs catalogue replicate sanitize without-compiler clean
+.PHONY: install demo test check docs catalogue replicate sanitized hostile sanitize races aarch64 without-compiler clean
 
 install: $(STAMP)
 
@@ -45,12 +45,31 @@ catalogue: install
 replicate: install
 	$(BIN)/python -m replications.run
 
-# The kernels under the address and undefined-behaviour sanitizers.
-sanitize: install
+# A build of the kernels with the address and undefined-behaviour sanitizers, and a Python that runs under them.
+SANITIZERS = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+  RAREFY_REQUIRE_NATIVE=1 $(BIN)/python .ci/against.py build/sanitized
+
+sanitized: install
 	rm -rf build/sanitized && $(PIP) wheel -q . --no-deps -w build/sanitized -C cmake.define.RAREFY_SANITIZE=ON -C build-dir=build/sanitize
 	$(BIN)/python -m zipfile -e build/sanitized/rarefy-*.whl build/sanitized
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
-	  RAREFY_REQUIRE_NATIVE=1 $(BIN)/python .ci/against.py build/sanitized -m pytest tests/test_kernels.py tests/test_kernels_sparse.py tests/test_kernels_columns.py --noconftest -k "not openmp and not compiled"
+
+# So many hostile byte strings through every layout; a line of JSON.
+CASES ?= 1000
+hostile: sanitized
+	$(SANITIZERS) -c "from rarefy.testing.hostile import report; raise SystemExit(report($(CASES)))"
+
+sanitize: hostile
+	$(SANITIZERS) -m pytest tests/test_kernels.py tests/test_kernels_sparse.py tests/test_kernels_columns.py tests/test_hostile.py --noconftest -k "not openmp and not compiled"
+
+# The kernels without Python: where threads race, and on another processor (needs g++-aarch64-linux-gnu and qemu-user-static).
+CHECK := tests/native/check.cpp rarefy/kernels/native/generic.cpp rarefy/kernels/native/decoder.cpp
+races:
+	mkdir -p build && g++ -std=c++17 -O1 -g -fsanitize=thread -DRAREFY_STD_THREADS -pthread $(CHECK) -o build/races
+	TSAN_OPTIONS=halt_on_error=1 build/races
+
+aarch64:
+	mkdir -p build && aarch64-linux-gnu-g++ -std=c++17 -O2 -static -DRAREFY_STD_THREADS -pthread $(CHECK) -o build/aarch64
+	qemu-aarch64-static build/aarch64
 
 # An install without a C++ compiler is pure Python, and works.
 without-compiler: install

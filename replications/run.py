@@ -48,7 +48,8 @@ def perform(name: str, module: ModuleType) -> dict[str, Any]:
         "digest": catalogue.digest(sources(name, module)),
     }
     (HERE / "results" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    _record(name, module, result)
+    if module.SLUG is not None:
+        _record(name, module, result)
     return result
 
 

@@ -231,3 +231,24 @@ def test_integer_columns_that_do_not_fit_are_refused():
             native().grouped_columns_linear(codes, size - 32, scale, zero, scales, *rest, pointer(x), 0, pointer(x), 1, 1)
         with pytest.raises(ValueError, match="4 or 8 bits"):
             native().grouped_columns_linear(codes, size, scale, zero, scales, 70, 40, 5, pointer(x), 0, pointer(x), 1, 1)
+
+
+@NATIVE
+@pytest.mark.parametrize("isa", available())
+@pytest.mark.parametrize("name", INTEGERS)
+def test_inputs_that_8_bits_cannot_scale_are_nan_or_nothing(isa, name):
+    """A group of x with a NaN or an infinity has no scale; one of the tiniest numbers would have one that is infinite."""
+    by_rows, columns = by_columns(name, torch.randn(70, 64))
+    bias = torch.randn(70)
+    with instruction_set(isa):
+        for bad in (NAN, float("inf"), -float("inf")):
+            x = torch.zeros(2, 64)
+            x[0, 40] = bad
+            assert rounded(x)[0, 32:].isnan().all() and not rounded(x)[1].any()
+            for matrix in (by_rows, columns):
+                y = matrix.linear(x, bias)
+                assert y[0].isnan().all() and torch.equal(y[1], bias)
+        tiny = torch.full((1, 64), 1e-40)
+        assert not rounded(tiny).any()
+        assert torch.equal(by_rows.linear(tiny, bias)[0], bias) and torch.equal(columns.linear(tiny, bias)[0], bias)
+        assert_is_rounded_product(columns.linear(torch.full((1, 64), 2.0**-119)), torch.full((1, 64), 2.0**-119), columns, None)

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rarefy.core.attach import OUTPUT, attach_gate, gated, plain_type, viewed
-from rarefy.core.errors import BadFile, BadInput, MissingExtra, Refused
+from rarefy.core.errors import BadInput, MissingExtra, Refused
 from rarefy.core.roles import Matrix, Rows
 from rarefy.hub.atomic import atomic_folder
 from rarefy.hub.card import Card, Figure, write_card
 from rarefy.hub.export import plain_config
 from rarefy.hub.plan import DTYPES, Layer, Plan, beside, edit_dict, gate_dict
 from rarefy.hub.tensors import INDEX, Stored, digest, read_json, stored
-from rarefy.layouts import LAYOUTS
+from rarefy.layouts import LAYOUTS, ops
 from rarefy.layouts.flat import Flat
 from rarefy.runtime.choose import DENSE, Chooser
 from rarefy.surgery.narrow import edits, replay, widen
@@ -34,7 +34,6 @@ class Packed(nn.Module):
     """A matrix whose `weight` is uint8 [bytes]; `bias` is that of the layer it stands for."""
 
     bias: nn.Parameter | None
-    _ready: tuple[object, Any] | None = None  # what the bytes were when `matrix` looked at them, and what it made of them
 
     def __init__(self, layer: Layer, packed: Tensor, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -45,22 +44,24 @@ class Packed(nn.Module):
 
     def matrix(self) -> Matrix:
         """The weight [out, in], ready to compute with; made again where the bytes were moved or written to."""
-        now = (self.weight.data_ptr(), self.weight._version, self.weight.device)
-        if self._ready is None or self._ready[0] != now:
-            self._ready = now, LAYOUTS[self.layer.layout].matrix(self.weight.detach(), self.layer.shape, DTYPES[self.layer.dtype])
-        found: Matrix = self._ready[1]
-        return found
+        return ops.ready(self.weight, self.layer.layout, self.layer.shape, DTYPES[self.layer.dtype])
 
     def plain(self) -> nn.Module:
         """The layer that it stands for, dense."""
         raise NotImplementedError
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready": None}
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, layout={self.layer.layout}"
 
     def dense(self) -> Tensor:
         """The weight [out, in]."""
+        if torch.compiler.is_compiling():
+            return ops.packed_dense(self.weight, *self._about())
         return LAYOUTS[self.layer.layout].unpack(self.weight.detach(), self.layer.shape, DTYPES[self.layer.dtype])
+
+    def _about(self) -> tuple[str, int, int, torch.dtype]:
+        """What an operator is told of the bytes."""
+        return self.layer.layout, self.out_features, self.in_features, DTYPES[self.layer.dtype]
 
 
 class PackedLinear(Packed):
@@ -68,12 +69,18 @@ class PackedLinear(Packed):
 
     A few rows of x are multiplied by the packed weights in native code, where it is there: to the rounding of another order
     of summing, or as the layout rounds. More rows, gradients and other devices unpack the weight and call `torch.nn.functional.linear`.
+    Compiled code does the same through one operator, without a break.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return F.linear(x, self.dense().to(x.dtype), self.bias)
-        return self.matrix().linear(x, self.bias)
+        if not torch.compiler.is_compiling():
+            return self.matrix().linear(x, self.bias)
+        if x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type) and not self._derives(x):
+            return ops.packed_linear(x, self.weight, self.bias, *self._about())
+        return F.linear(x, self.dense().to(x.dtype), self.bias)
+
+    def _derives(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
 
     def plain(self) -> nn.Module:
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
@@ -107,14 +114,13 @@ class PackedEmbedding(Packed):
         super().__init__(layer, packed, bias)
 
     def forward(self, ids: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return ops.packed_rows(ids, self.weight, *self._about())
         return self.rows().take(ids).to(DTYPES[self.layer.dtype])
 
     def rows(self) -> Rows:
         """The weight, of which single rows can be read."""
-        matrix = self.matrix()
-        if not isinstance(matrix, Rows):
-            raise BadFile(f"an embedding in layout {self.layer.layout}", "single rows cannot be read from it", "write the folder again")
-        return matrix
+        return ops.rows_of(self.weight, self.layer.layout, self.layer.shape, DTYPES[self.layer.dtype])
 
     def plain(self) -> nn.Module:
         return nn.Embedding(self.out_features, self.in_features, _weight=self.dense())

@@ -105,7 +105,8 @@ class RarefyQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters beside packed layers train (`rarefy.hub.peft`); transformers refuses to train a quantised model without any."""
+        return True
 
 
 def _same(live: Gate, planned: Gate) -> bool:

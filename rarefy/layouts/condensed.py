@@ -55,7 +55,9 @@ class Condensed(Layout):
         if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() < sum(up(n) for n in _sections(shape, 0, 0, dtype)):
             raise _broken(name, f"it is too short for the bits of {shape[0]} rows")
         fan_in = _fan_in(packed)
-        if not 0 <= fan_in <= min(shape[1], WIDE):
+        if shape[1] > WIDE:
+            raise _broken(name, f"at most {WIDE} columns are counted, the plan says {shape[1]}")
+        if not 0 <= fan_in <= shape[1]:
             raise _broken(name, f"{fan_in} weights a row of {shape[1]} columns")
         rows = int(_rows(packed, shape, name).sum())
         wanted = sum(up(n) for n in _sections(shape, rows, fan_in, dtype))

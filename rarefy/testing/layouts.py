@@ -43,15 +43,33 @@ def comes_back(part: Layout) -> None:
 @contract(Layout)
 def computes_what_the_dense_matrix_does(part: Layout) -> None:
     for rows, columns in SHAPES:
+        for density in (0.0, 0.5):  # of nothing stored the product is the bias
+            weight = _weight(rows, columns, density)
+            matrix = part.matrix(part.pack(weight), (rows, columns), weight.dtype)
+            for how, x in _inputs(columns):
+                for bias in (torch.randn(rows), None):
+                    want = F.linear(x, matrix.dense(), bias)
+                    got = matrix.linear(x, bias)
+                    assert got.shape == want.shape and got.dtype == want.dtype
+                    close = torch.allclose(got, want, rtol=1e-4, atol=1e-4) if part.lossless else (got - want).norm() <= 0.02 * (want.norm() + weight.norm())
+                    assert close, f"{part!r}: {rows} x {columns} at density {density}, x {how}: linear is not the dense product"
+
+
+def _inputs(columns: int) -> list[tuple[str, torch.Tensor]]:
+    whole = {f"{list(shape)}": torch.randn(*shape, columns) for shape in ((), (0,), (1,), (3,), (2, 0, 3), (2, 20))}
+    strided = {"transposed": torch.randn(columns, 3).t(), "every other column": torch.randn(3, 2 * columns)[:, ::2], "every other row": torch.randn(5, columns)[::2]}
+    return [*whole.items(), *strided.items(), ("expanded", torch.randn(1, columns).expand(3, -1)), ("at an odd address", torch.randn(2 * columns + 1)[1:].view(2, columns))]
+
+
+@contract(Layout)
+def gradients_are_those_of_the_dense_matrix(part: Layout) -> None:
+    for rows, columns in SHAPES:
         weight = _weight(rows, columns, 0.5)
         matrix = part.matrix(part.pack(weight), (rows, columns), weight.dtype)
-        for batch in ((0,), (1,), (3,), (2, 20)):
-            x, bias = torch.randn(*batch, columns), torch.randn(rows)
-            want = F.linear(x, matrix.dense(), bias)
-            got = matrix.linear(x, bias)
-            assert got.shape == want.shape
-            close = torch.allclose(got, want, rtol=1e-4, atol=1e-4) if part.lossless else (got - want).norm() <= 0.02 * (want.norm() + weight.norm())
-            assert close, f"{part!r}: {rows} x {columns}, batch {batch}: linear is not the dense product"
+        for x in (torch.randn(2, columns), torch.randn(columns, 2).t(), torch.randn(0, columns)):
+            live, g = x.clone().requires_grad_(), torch.randn(len(x), rows)
+            matrix.linear(live).backward(g)
+            assert live.grad is not None and torch.allclose(live.grad, g @ matrix.dense(), rtol=1e-4, atol=1e-4), f"{part!r}: {rows} x {columns}: the gradient is not g W"
 
 
 @contract(Layout)
@@ -60,7 +78,7 @@ def single_rows_are_those_of_the_dense_matrix(part: Layout) -> None:
         weight = _weight(rows, columns, 0.5)
         matrix = part.matrix(part.pack(weight), (rows, columns), weight.dtype)
         if isinstance(matrix, Rows):
-            for ids in (torch.tensor([[rows - 1, 0], [rows // 2, 0]]), torch.zeros(0, dtype=torch.long), torch.tensor(rows - 1)):
+            for ids in (torch.tensor([[rows - 1, 0], [rows // 2, 0]]).t(), torch.zeros(0, dtype=torch.long), torch.zeros(2, 0, dtype=torch.long), torch.tensor(rows - 1)):
                 assert torch.equal(matrix.take(ids), matrix.dense()[ids]), f"{part!r}: {rows} x {columns}, rows {ids.tolist()} are not those of the dense matrix"
 
 

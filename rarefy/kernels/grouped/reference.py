@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from rarefy.kernels.bitmask.reference import mask_of
 
 GROUP = 32
+TINY = 2.0**-120  # a group of x whose entries are all smaller is zero: 127 / m is beyond float32
 
 
 def codes_of(stored: Tensor, bits: int) -> Tensor:
@@ -37,15 +38,15 @@ def unpack(stored: Tensor, scale: Tensor, zero: Tensor | None, present: Tensor, 
 
 
 def rounded(x: Tensor) -> Tensor:
-    """x [B, I] as the kernel sees it: ``rint(x * 127 / m) * m / 127`` with m = max|x| over each group.
+    """x [B, I] as the kernel sees it: ``rint(x * 127 / m) * m / 127`` with m = max|x| over each group; one with a NaN or an infinity is NaN.
 
     >>> rounded(torch.tensor([[127.0, 0.4, 0.6]])).tolist()
     [[127.0, 0.0, 1.0]]
     """
     groups = F.pad(x, (0, -x.shape[1] % GROUP)).view(x.shape[0], -(-x.shape[1] // GROUP), GROUP)
     most = groups.abs().amax(-1, keepdim=True)
-    codes = torch.where(most > 0, groups * (127 / most), 0.0).round()
-    return (codes * (most / 127)).flatten(1)[:, : x.shape[1]]
+    codes = torch.where(most < TINY, 0.0, groups * (127 / most)).round()
+    return (codes * torch.where(most.isfinite(), most / 127, torch.nan)).flatten(1)[:, : x.shape[1]]
 
 
 def linear(x: Tensor, stored: Tensor, scale: Tensor, zero: Tensor | None, present: Tensor, bits: int, bias: Tensor | None) -> Tensor:

@@ -78,6 +78,7 @@ struct Decoder {
   void run(Address x, Address sequences, Address positions, i64 count, Address keys, Address values, i64 batch, i64 capacity, Address wanted, i64 many, Address logits,
            int threads) {
     need(count > 0 && many >= 0 && batch > 0 && capacity > 0, "a step has tokens, and a cache room for them");
+    whole();
     const Tokens tokens{at<const float>(x, "x"), at<const i64>(sequences, "sequences"), at<const i64>(positions, "positions"), count};
     for (i64 r = 0; r < count; r++) {
       need(tokens.sequence[r] >= 0 && tokens.sequence[r] < batch, "a token's sequence is outside the batch");
@@ -94,6 +95,15 @@ struct Decoder {
   }
 
 private:
+  void whole() {
+    const auto there = [](const Linear& w) { return std::visit([](const auto& matrix) { return matrix.rows > 0; }, w); };
+    need(m.final_norm && m.cos && m.sin && there(m.head), "the final norm, cos, sin or the head is missing");
+    for (Layer& l : m.layers) {
+      need(l.input_norm && l.post_norm, "the norms of a layer are missing");
+      for (const Place& place : places(l)) need(there(place.projection->weight), "a linear of a layer is missing");
+    }
+  }
+
   void in_strips(i64 rows) {
     const i64 together = std::lcm(m.align, rows);
     need(together <= 4096, "the heights of the blocks have no small common multiple, so that threads cannot share the rows");

@@ -1,8 +1,7 @@
 // The matrices that store only what is not zero: blocks (1 x 1 among them) and n of m. Their indices come from files: `starts` and `check`
 // have read every one before a product is computed.
 #include "bindings.hpp"
-#include "threads.hpp"
-#include <memory>
+#include "multiply.hpp"
 
 namespace nb = nanobind;
 using namespace rarefy;
@@ -11,7 +10,6 @@ using Address = std::uintptr_t;
 namespace {
 
 constexpr i64 kMost = 256; // rows or columns of a block
-constexpr i64 kLoop = 4;   // rows of x below which they are multiplied one after the other
 
 void block_shape(i64 rows, i64 columns, i64 height, i64 width) {
   shape(rows, columns);
@@ -41,51 +39,6 @@ void blocks_starts(Address counts, Address index, i64 stored, Address starts, i6
   start[w.high() * w.parts()] = to;
 }
 
-void few(const Blocks& w, const float* x, const float* bias, float* y, i64 batch, int threads, i64 work) {
-  std::unique_ptr<float[]> padded;
-  if (w.columns % w.width) {
-    const i64 columns = w.wide() * w.width;
-    padded.reset(new float[batch * columns]);
-    for (i64 b = 0; b < batch; b++) {
-      std::copy(x + b * w.columns, x + (b + 1) * w.columns, padded.get() + b * columns);
-      std::fill(padded.get() + b * columns + w.columns, padded.get() + (b + 1) * columns, 0.0f);
-    }
-    x = padded.get();
-  }
-  parallel(w.high(), threads, work, [&](i64 from, i64 to) { in_use()->blocks(w, x, bias, y, batch, from, to); });
-}
-
-int lanes_of(i64 left) { return left <= 16 ? 16 : left <= 32 ? 32 : int(kColumns); }
-
-// x is turned once, tile by tile; every thread then owns rows of blocks, with a tile of y for them.
-void many(const Blocks& w, const float* x, const float* bias, float* y, i64 batch, int threads, i64 work) {
-  const Kernels& kernels = *in_use();
-  const i64 columns = w.wide() * w.width, high = w.high() * w.height;
-  const i64 lanes = batch / kColumns * kColumns + (batch % kColumns ? lanes_of(batch % kColumns) : 0);
-  const std::unique_ptr<float[]> in(new float[columns * lanes]), out(new float[high * kColumns]);
-  parallel((w.columns + 7) / 8, threads, batch * columns, [&](i64 from, i64 to) {
-    for (i64 b = 0; b < batch; b += kColumns) {
-      const i64 left = std::min(batch - b, kColumns), first = from * 8, last = std::min(to * 8, w.columns);
-      const int wide = lanes_of(left);
-      kernels.turn(x + b * w.columns + first, w.columns, left, last - first, in.get() + b * columns + first * wide, wide, wide);
-    }
-  });
-  for (i64 b = 0; b < batch; b += kColumns) { // a block may reach past the last column
-    const int wide = lanes_of(batch - b);
-    std::fill(in.get() + b * columns + w.columns * wide, in.get() + b * columns + columns * wide, 0.0f);
-  }
-  parallel(w.high(), threads, work, [&](i64 from, i64 to) {
-    const i64 first = from * w.height, last = std::min(to * w.height, w.rows);
-    for (i64 b = 0; b < batch; b += kColumns) {
-      const i64 left = std::min(batch - b, kColumns);
-      const int wide = lanes_of(left);
-      float* mine = out.get() + first * kColumns; // other threads may be at a tile of another width
-      kernels.blocks_tile(w, in.get() + b * columns, bias, mine - first * wide, wide, from, to);
-      kernels.turn(mine, wide, last - first, left, y + b * w.rows + first, w.rows, last - first);
-    }
-  });
-}
-
 void blocks_linear(Address index, Address starts, Address values, i64 stored, i64 rows, i64 columns, i64 height, i64 width, Address x, Address bias, Address y, i64 batch,
                    int threads) {
   const Blocks w = blocks_of(index, starts, values, stored, rows, columns, height, width);
@@ -95,7 +48,7 @@ void blocks_linear(Address index, Address starts, Address values, i64 stored, i6
   float* out = at<float>(y, "y");
   const float* add = bias ? at<const float>(bias, "bias") : nullptr;
   nb::gil_scoped_release release;
-  (batch < kLoop ? few : many)(w, in, add, out, batch, threads, batch * stored * height * width);
+  multiply(*in_use(), w, in, add, out, batch, threads);
 }
 
 void blocks_unpack(Address index, Address starts, Address values, i64 stored, i64 rows, i64 columns, i64 height, i64 width, Address dense, int threads) {

@@ -229,11 +229,7 @@ private:
     }
   }
 
-  void wait() const {
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
-  }
+  static void wait() { barrier(); }
 
   const Kernels& run;
   const Model& m;
@@ -252,16 +248,7 @@ void step(const Kernels& kernels, const Model& m, const Cache& cache, const Toke
   Shared shared{std::vector<float>(n * m.hidden),           std::vector<float>(n * m.heads * m.head_dim), std::vector<float>(n * m.kv_heads * m.head_dim),
                 std::vector<float>(n * m.kv_heads * m.head_dim), std::vector<float>(n * m.heads * m.head_dim), std::vector<float>(n * m.inner),
                 std::vector<float>(n * m.inner)};
-#ifdef _OPENMP
-  if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-    Worker(kernels, m, cache, tokens, shared, omp_get_thread_num(), omp_get_num_threads()).forward(wanted, many, logits);
-    return;
-  }
-#else
-  (void)threads;
-#endif
-  Worker(kernels, m, cache, tokens, shared, 0, 1).forward(wanted, many, logits);
+  team(threads, [&](int thread, int all) { Worker(kernels, m, cache, tokens, shared, thread, all).forward(wanted, many, logits); });
 }
 
 } // namespace rarefy

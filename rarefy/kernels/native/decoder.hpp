@@ -29,15 +29,15 @@ struct Projection {
 struct Layer {
   Projection q, k, v, o, gate, up, down;
   Gate units;                          // of silu(gate x), before up x multiplies it
-  const float *input_norm, *post_norm; // [hidden]
+  const float *input_norm = nullptr, *post_norm = nullptr; // [hidden]
 };
 
 struct Model {
   i64 hidden, inner, heads, kv_heads, head_dim, vocab, positions;
   i64 align = 4; // a thread's first row: a multiple of the strips and blocks of rows that matrices are stored in
   float eps;
-  const float* final_norm;  // [hidden]
-  const float *cos, *sin;   // [positions, head_dim / 2]
+  const float* final_norm = nullptr;               // [hidden]
+  const float *cos = nullptr, *sin = nullptr;      // [positions, head_dim / 2]
   std::vector<Layer> layers;
   Linear head;              // [vocab, hidden]
 };

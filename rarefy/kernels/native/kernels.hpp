@@ -97,7 +97,7 @@ struct Four {
 };
 constexpr i64 kColumns = 64; // rows of x that a tile [I, rows of x] holds at most
 
-// x [B, I] in 8 bits: code = rint(x * 127 / max|x|) over each group of 32.
+// x [B, I] in 8 bits: code = rint(x * 127 / max|x|) over each group of 32. NaN is the scale of a group that holds one or an infinity.
 struct Rounded {
   i64 groups;
   std::int8_t* code;  // [B, groups, 32]

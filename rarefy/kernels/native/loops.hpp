@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 namespace rarefy {
 
@@ -152,22 +153,39 @@ template <class V> void dense(const Dense& w, const float* x, const float* bias,
   over_batch(tile, w, x, bias, y, batch, from, to);
 }
 
+constexpr float kTiny = 0x1p-120f; // 127 / x is beyond float32 for smaller ones
+
+// max |x|; NaN where there is one. Magnitudes compare as their bits do, and comparing integers needs no order.
+inline float largest(const float (&x)[kGroup]) {
+  std::uint32_t bits[kGroup], most = 0;
+  std::memcpy(bits, x, sizeof bits);
+  for (std::uint32_t b : bits) most = std::max(most, b & 0x7fffffffu);
+  float out;
+  std::memcpy(&out, &most, sizeof out);
+  return out;
+}
+
 template <class V> void round(const float* x, i64 batch, i64 columns, const Rounded& out) {
   for (i64 b = 0; b < batch; b++)
     for (i64 g = 0; g < out.groups; g++) {
       const i64 at = b * out.groups + g;
-      float in[kGroup] = {}, most = 0;
+      float in[kGroup] = {};
       std::memcpy(in, x + b * columns + g * kGroup, std::min<i64>(kGroup, columns - g * kGroup) * sizeof(float));
-      for (float v : in) most = std::max(most, std::fabs(v));
-      const float inverse = most > 0 ? 127 / most : 0;
-      int total = 0;
+      const float most = largest(in);
       std::int8_t* code = out.code + at * kGroup;
+      if (!(most <= std::numeric_limits<float>::max())) { // a NaN or an infinity: so are all products with this group, and no code of it is a zero to be skipped
+        std::fill(code, code + kGroup, std::int8_t(1));
+        out.scale[at] = out.sum[at] = NAN;
+        continue;
+      }
+      const float inverse = most < kTiny ? 0 : 127 / most;
+      int total = 0;
       for (int i = 0; i < kGroup; i++) {
         const int q = int(std::nearbyint(in[i] * inverse));
         code[i] = std::int8_t(q);
         total += q;
       }
-      out.scale[at] = most / 127;
+      out.scale[at] = most < kTiny ? 0 : most / 127;
       out.sum[at] = out.scale[at] * float(total);
     }
 }
