@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -445,6 +445,10 @@ class Task(Role):
 
     @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]: ...
+
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        """What trains it unless another is given."""
+        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-4)
 
     def sites(self, model: nn.Module) -> tuple[str, ...] | None:
         """The parameters that may become sparse; None: the weights of every Linear and Conv."""

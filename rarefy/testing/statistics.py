@@ -70,7 +70,7 @@ def figures_fit_the_site_in_float32(part: Statistic) -> None:
             assert found.dtype == torch.float32, f"{part!r}: {found.dtype} for {dtype} input"
 
 
-def _whole() -> tuple[nn.Module, list[Site], list[tuple[Tensor, Tensor]]]:
+def _whole() -> tuple[nn.Sequential, list[Site], list[tuple[Tensor, Tensor]]]:
     """A convolution, a batch norm and two linear layers, one of them frozen, in training mode; sites and batches (x, y)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -27,10 +27,6 @@ Factory = Callable[[Iterable[nn.Parameter]], Optimizer]
 _CHECKPOINT, _MODEL, _RECORD = "checkpoint.safetensors", "model.safetensors", "record.json"
 
 
-def sgd(parameters: Iterable[nn.Parameter]) -> Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-4)
-
-
 def train(
     task: Task,
     recipe: TrainRecipe,
@@ -38,7 +34,7 @@ def train(
     density: float,
     steps: int,
     seed: int = 0,
-    optimizer: Factory = sgd,
+    optimizer: Factory | None = None,
     options: dict[str, Any] | None = None,
     allocation: Allocation | None = None,
     within: SourceNet | None = None,
@@ -53,7 +49,7 @@ def train(
     Args:
         density: fraction of the sites' weights kept at the end, in (0, 1].
         steps: optimizer steps.
-        optimizer: parameters -> optimizer (default SGD 0.1, momentum 0.9, weight decay 1e-4).
+        optimizer: parameters -> optimizer (default the task's, which is SGD 0.1, momentum 0.9, weight decay 1e-4 unless it says otherwise).
         options: for `task.model`.
         allocation: in place of the recipe's, in every phase; a phase that states none of its own has the recipe's.
         within: a random source network, drawn first, that training never leaves.
@@ -80,7 +76,7 @@ def train(
         sparsifier = Sparsifier(
             model, phases, sites=task.sites(model), total=steps, seed=seed, batches=[task.batch(seed, step) for step in range(calibration)], batch_loss=task.loss
         )
-        opt = optimizer(model.parameters())
+        opt = (optimizer or task.optimizer)(model.parameters())
         sparsifier.attach(opt)
         control = Control(model, opt, task.controllers(model))
         run = {

@@ -8,4 +8,5 @@ from rarefy.core.roles import ModelStatistic, Statistic
 
 def statistic(name: str) -> Statistic | ModelStatistic:
     """The discovered statistic of that name, streamed or of the whole model."""
-    return pick({**methods(Statistic), **methods(ModelStatistic)}, name, "statistic")()
+    known: dict[str, type[Statistic] | type[ModelStatistic]] = {**methods(Statistic), **methods(ModelStatistic)}
+    return pick(known, name, "statistic")()
