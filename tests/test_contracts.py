@@ -22,6 +22,7 @@ from rarefy.core.roles import (
     Choice,
     Criterion,
     Mixture,
+    ModelStatistic,
     Overflow,
     Pattern,
     Policy,
@@ -55,7 +56,9 @@ def test_part_keeps_its_contract(part: type) -> None:
 
 
 def test_every_role_with_a_contract_is_run_over_parts() -> None:
-    assert {Statistic, Criterion, Allocation, Pattern, Solver, Schedule, Rewiring, Trigger, Policy, Choice, Mixture, Overflow, Balance} <= {*ROLES} and {*MODULES} <= {*_contracts}
+    assert {Statistic, ModelStatistic, Criterion, Allocation, Pattern, Solver, Schedule, Rewiring, Trigger, Policy, Choice, Mixture, Overflow, Balance} <= {*ROLES} and {
+        *MODULES
+    } <= {*_contracts}
     assert all(FOUND.values()) and all(discover.methods(role) for role in ROLES)
 
 

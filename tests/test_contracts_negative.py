@@ -5,22 +5,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rarefy.core.exact import split_budget, topk_mask
-from rarefy.core.records import Delta, Entries, Event, Progress, Pruned, StatePolicy, Units
-from rarefy.core.roles import Allocation, Criterion, Pattern, Rewiring, Schedule, Solver, Statistic, Trigger, View
+from rarefy.core.records import Delta, Entries, Event, Progress, Pruned, Site, StatePolicy, Units
+from rarefy.core.roles import Allocation, Criterion, ModelStatistic, Pattern, Rewiring, Schedule, Solver, Statistic, Trigger, View
 from rarefy.testing.contract import contracts_of
 from rarefy.weights.patterns.unstructured import PerMatrix
 from rarefy.weights.rewiring.set import SET
 from rarefy.weights.schedules.cosine import Cosine
 from rarefy.weights.solvers.sparsegpt import SparseGPT
 from rarefy.weights.statistics.input import InputNorm
+from rarefy.weights.statistics.synaptic_flow import SynapticFlow
 from rarefy.weights.triggers.plateau import Plateau
 from rarefy.weights.views.soft_threshold import SoftThreshold
 
@@ -296,6 +297,37 @@ class Shrinks(SET):
 
 
 @dataclass(frozen=True)
+class AlwaysDrops(SET):
+    """Takes a fraction of nothing for a tenth."""
+
+    name = "always-drops"
+
+    def rewire(self, entries: Entries, *, count: int, fraction: float, bound: Tensor | None, generator: Any) -> Delta:
+        return super().rewire(entries, count=count, fraction=max(fraction, 0.2), bound=bound, generator=generator)
+
+
+@dataclass(frozen=True)
+class Misfit(SynapticFlow):
+    """Gives figures in the tensor's own order of axes."""
+
+    name = "misfit"
+
+    def collect(self, model: nn.Module, sites: Sequence[Site], batches: Sequence[Any], loss: Any) -> dict[str, Tensor]:
+        plain = [replace(site, axes=tuple(range(len(site.axes)))) for site in sites]
+        return super().collect(model, plain, batches, loss)
+
+
+@dataclass(frozen=True)
+class Evaluates(SynapticFlow):
+    """Leaves the model in evaluation mode."""
+
+    name = "evaluates"
+
+    def collect(self, model: nn.Module, sites: Sequence[Site], batches: Sequence[Any], loss: Any) -> dict[str, Tensor]:
+        return super().collect(model.eval(), sites, batches, loss)
+
+
+@dataclass(frozen=True)
 class GrowsAnywhere(SET):
     """Ignores the bound."""
 
@@ -439,6 +471,9 @@ BROKEN = [
     (LateStart(0.3, 100), "end_points_are_exact", "not at its start 0.3"),
     (Restless(), "end_points_are_exact", "does not come to rest"),
     (Wave(), "values_move_one_way", "turns back"),
+    (AlwaysDrops(), "without_a_fraction_nothing_is_dropped", "at fraction 0"),
+    (Misfit(), "figures_of_the_whole_model_fit_its_sites", "for a site of"),
+    (Evaluates(), "measuring_the_whole_model_changes_nothing", "in another mode"),
     (Shrinks(), "counts_are_conserved", "entries at fraction"),
     (GrowsAnywhere(), "what_is_dropped_was_stored_and_what_grows_was_not", "outside the bound"),
     (GrowsTheStored(), "what_is_dropped_was_stored_and_what_grows_was_not", "which are stored"),
@@ -465,10 +500,10 @@ def test_a_broken_part_is_caught_by_the_check_that_looks_for_it(part: Any, check
 def test_every_check_has_a_part_that_it_catches() -> None:
     """The policies' are in test_policies.py."""
     toys = {check for _, check, _ in BROKEN}
-    for role in (Statistic, Criterion, Allocation, Pattern, Solver, Schedule, Rewiring, Trigger, View):
+    for role in (Statistic, ModelStatistic, Criterion, Allocation, Pattern, Solver, Schedule, Rewiring, Trigger, View):
         assert {f.__name__ for f in contracts_of(role)} <= toys
 
 
 def test_the_parts_that_the_toys_are_made_of_are_whole() -> None:
-    for part in (SparseGPT(), PerMatrix(), InputNorm(), Cosine(0.3, 100), SET(), Plateau(), SoftThreshold(0.0)):
+    for part in (SparseGPT(), PerMatrix(), InputNorm(), SynapticFlow(), Cosine(0.3, 100), SET(), Plateau(), SoftThreshold(0.0)):
         assert caught(part) == {}

@@ -67,7 +67,7 @@ def generate() -> str:
     lines += ["## Recipes, while training", ""]
     for name, trained in train_recipes().items():
         phases = trained.phases(DENSITY, STEPS)
-        words = "; then ".join(_phase(phase, trained) for phase in phases)
+        words = "; then ".join(_shortened([_phase(phase, trained) for phase in phases]))
         lines += _section(name, words, [trained, trained.allocation, *(part for phase in phases for part in _phase_parts(phase))], evidence)
     lines += ["## Gatings", ""]
     for name, gating in gatings().items():
@@ -121,15 +121,25 @@ def _gating_parts(gating: Gating) -> list[Any]:
 
 
 def _phase_parts(phase: Phase) -> list[Any]:
-    return [part for part in (phase.density, phase.criterion, phase.allocation, phase.pattern, phase.rewiring, phase.fraction, *phase.penalties) if part is not None]
+    return [
+        part
+        for part in (phase.density, phase.criterion, phase.allocation, phase.pattern, phase.rewiring, phase.fraction, phase.rate, *phase.penalties, *phase.enter)
+        if part is not None
+    ]
 
 
 def _phase(phase: Phase, recipe: TrainRecipe) -> str:
-    names = ("density", "criterion", "pattern", "rewiring", "fraction")
+    names = ("density", "criterion", "pattern", "rewiring", "fraction", "rate")
     parts = {"allocation": phase.allocation or recipe.allocation, **{name: getattr(phase, name) for name in names if getattr(phase, name) is not None}}
     words = ", ".join(f"{name} `{part}`" for name, part in parts.items())
     kept = "" if phase.enforce else "; masked weights keep their values and may return"
+    words += "".join(f", entered by `{action}`" for action in phase.enter)
     return words + (f", every {phase.every} steps" if phase.rewiring is not None else "") + kept
+
+
+def _shortened(phases: list[str]) -> list[str]:
+    """The first phases and the last, where there are many."""
+    return phases if len(phases) <= 8 else [*phases[:4], f"{len(phases) - 7} phases more", *phases[-3:]]
 
 
 def _first_line(kind: type[Any]) -> str:

@@ -13,6 +13,7 @@ from rarefy.cli.output import bars, line, show, table
 from rarefy.cli.prune import check_density
 from rarefy.core.discover import pick, train_recipes
 from rarefy.core.roles import Allocation, Task
+from rarefy.weights.source_net import SourceNet
 from rarefy.weights.train import train as train_task
 
 
@@ -25,6 +26,7 @@ def train(
     density: Annotated[float, typer.Option(help="Fraction of the weights that is kept at the end.")] = 0.1,
     steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 300,
     allocation: Annotated[str | None, typer.Option(help="In place of the recipe's, e.g. erk or uniform; see `rarefy methods`.")] = None,
+    within: Annotated[str | None, typer.Option(help="A random source network that training never leaves: a density, or e.g. balanced:0.5.")] = None,
     router: Annotated[str | None, typer.Option(help="For a task with a routed layer, e.g. top-p or gap:threshold=0.2; see `rarefy methods`.")] = None,
     seed: Seed = 0,
     checkpoints: Annotated[str | None, typer.Option(help="A folder: saves as it goes, resumes, and holds the result.")] = None,
@@ -43,6 +45,7 @@ def train(
             seed=seed,
             options=None if router is None else {"router": router},
             allocation=split,
+            within=None if within is None else SourceNet.parse(within),
             checkpoint_dir=checkpoints,
             progress=lambda done, total: progress(done, total, f"train {task}"),
         )

@@ -8,8 +8,8 @@ Rows: R calibration rows, C input columns of a site's matrix in the order of its
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Site
-from rarefy.core.roles import Statistic
+from rarefy.core.roles import ModelStatistic, Statistic
 from rarefy.core.rows import expert_hidden, family, obstacle, reading, rows
 
 Stats = dict[str, dict[str, Tensor]]  # {statistic: {site name: Tensor}}
@@ -241,7 +241,7 @@ def collect_all(
     model: nn.Module,
     batches: Iterable[Any],
     sites: Sequence[Site],
-    statistics: Sequence[Statistic],
+    statistics: Sequence[Statistic | ModelStatistic],
     *,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
@@ -263,8 +263,9 @@ def collect_all(
     {'input_norm': {'weight': tensor([5., 1.])}}
     """
     batches = list(batches)
-    from_input = [s for s in statistics if s.source == "input"]
-    from_gradient = [s for s in statistics if s.source == "gradient"]
+    streamed = [s for s in statistics if isinstance(s, Statistic)]
+    from_input = [s for s in streamed if s.source == "input"]
+    from_gradient = [s for s in streamed if s.source == "gradient"]
     if statistics and not batches:
         raise BadInput(
             f"no calibration batches for {', '.join(s.name for s in statistics)}", "this recipe measures activations or gradients", "pass batches, or --calibration TEXT"
@@ -280,20 +281,47 @@ def collect_all(
         out.update(collector.finish())
     if from_gradient:
         out.update(_gradients(model, batches, sites, from_gradient, loss or default_loss))
+    for statistic in statistics:
+        if isinstance(statistic, ModelStatistic):
+            out[statistic.name] = statistic.collect(model, sites, batches, loss or default_loss)
     return out
+
+
+@contextmanager
+def differentiable(model: nn.Module, keys: Sequence[str]) -> Iterator[list[nn.Parameter]]:
+    """The parameters of these keys with gradients on; the flags are as they were afterwards."""
+    params = dict(model.named_parameters())
+    before = {k: params[k].requires_grad for k in keys}
+    try:
+        for key in keys:
+            params[key].requires_grad_(True)
+        yield [params[k] for k in keys]
+    finally:
+        for key, flag in before.items():
+            params[key].requires_grad_(flag)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """What runs inside leaves the model's buffers (a batch norm's averages) and the caller's random state as they were."""
+    held = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(held[name])
 
 
 def _gradients(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site], statistics: Sequence[Statistic], loss: Callable[[nn.Module, Any], Tensor]) -> Stats:
     params = dict(model.named_parameters())
     states = {s.name: {t.name: t.start(s.read(params[s.key])) for t in statistics} for s in sites}
     keys = sorted({s.key for s in sites})
-    before = {k: params[k].requires_grad for k in keys}
-    try:
-        for key in keys:
-            params[key].requires_grad_(True)
+    with differentiable(model, keys) as tensors:
         for i, batch in enumerate(batches):
             with torch.enable_grad():
-                grads = dict(zip(keys, torch.autograd.grad(loss(model, batch), [params[k] for k in keys], allow_unused=True), strict=True))
+                grads = dict(zip(keys, torch.autograd.grad(loss(model, batch), tensors, allow_unused=True), strict=True))
             for site in sites:
                 grad = grads[site.key]
                 value = site.read(torch.zeros_like(params[site.key]) if grad is None else grad)
@@ -301,7 +329,4 @@ def _gradients(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site], 
                     raise BadInput(f"the gradient of {site.name} in calibration batch {i}", "gradients must be finite", "check that batch, or load the model in float32")
                 for statistic in statistics:
                     states[site.name][statistic.name] = statistic.update(states[site.name][statistic.name], value)
-    finally:
-        for key, flag in before.items():
-            params[key].requires_grad_(flag)
     return {t.name: {s.name: t.finish(states[s.name][t.name]) for s in sites} for t in statistics}

@@ -176,6 +176,7 @@ class Phase:
     rewiring: Any = None
     fraction: Any = None  # Schedule -> fraction of the stored entries that a rewiring replaces
     every: int = 100
+    rate: Any = None  # Schedule -> factor on the optimizer's own learning rate; None leaves the rate alone
     penalties: tuple[Any, ...] = ()
     objective: Any = None
     trainable: Callable[[str], bool] | None = None

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from rarefy.core.records import Access, Context, Delta, Entries, Entry, Key, Mix, Paper, Progress, Pruned, Routing, Scores, Slots, Units
+from rarefy.core.records import Access, Context, Delta, Entries, Entry, Key, Mix, Paper, Progress, Pruned, Routing, Scores, Site, Slots, Units
 
 
 class Role(ABC):
@@ -52,6 +52,18 @@ class Statistic(Role):
 
     @abstractmethod
     def finish(self, state: dict[str, Tensor]) -> Tensor: ...
+
+
+class ModelStatistic(Role):
+    """A figure per site that only the whole model can tell, a second derivative or a flow from end to end: collected at once, nothing changed.
+
+    `collect` gives {site name: float32 [O, ..., I]}; `loss` is (model, batch) -> scalar.
+    """
+
+    source: ClassVar[str] = "model"
+
+    @abstractmethod
+    def collect(self, model: nn.Module, sites: Sequence[Site], batches: Sequence[Any], loss: Callable[[nn.Module, Any], Tensor]) -> dict[str, Tensor]: ...
 
 
 class Criterion(Role):
@@ -136,10 +148,14 @@ class Trigger(Role):
 
 
 class Rewiring(Role):
-    """Stored entries and statistics to a Delta; may ask keyword-only for `gradient` and `weight` (dense, accumulated)."""
+    """Stored entries of a matrix [O, ..., I] to a Delta; may ask keyword-only for `gradient` and `weight` (dense) and `final` (the model's last site)."""
+
+    def short(self, mask: Tensor) -> int:
+        """How many entries fewer than the count a mask [O, ..., I] that it made may have; most meet the count."""
+        return 0
 
     @abstractmethod
-    def rewire(self, entries: Entries, *, count: int, fraction: float, bound: Tensor | None, generator: Generator, **stats: Tensor) -> Delta: ...
+    def rewire(self, entries: Entries, *, count: int, fraction: float, bound: Tensor | None, generator: Generator, **stats: Any) -> Delta: ...
 
 
 class Penalty(Role):
@@ -453,6 +469,14 @@ class Task(Role):
 
     @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]: ...
+
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        """What trains it unless another is given."""
+        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-4)
+
+    def sites(self, model: nn.Module) -> tuple[str, ...] | None:
+        """The parameters that may become sparse; None: the weights of every Linear and Conv."""
+        return None
 
     def controllers(self, model: nn.Module) -> tuple[Controller, ...]:
         """What acts on the model's routed layers after every step."""

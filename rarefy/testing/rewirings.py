@@ -33,9 +33,19 @@ def _cases() -> Iterator[Case]:
 
 def _rewire(part: Rewiring, case: Case) -> Delta:
     entries, count, fraction, bound = case
-    given = {"gradient": figures.weight(*SHAPE, seed=5), "weight": figures.weight(*SHAPE, seed=6)}
+    given = {"gradient": figures.weight(*SHAPE, seed=5), "weight": figures.weight(*SHAPE, seed=6), "final": False}
     wanted = {name: given[name] for name in asks(part.rewire) if name in given}
     return part.rewire(entries, count=count, fraction=fraction, bound=bound, generator=figures.seeded(), **wanted)
+
+
+def _after(entries: Entries, delta: Delta) -> Tensor:
+    """The mask that a rewiring leaves."""
+    mask = torch.zeros(SHAPE, dtype=torch.bool)
+    flat = mask.view(-1)
+    flat[entries.index] = True
+    flat[delta.drop] = False
+    flat[delta.grow] = True
+    return mask
 
 
 @contract(Rewiring)
@@ -43,12 +53,20 @@ def counts_are_conserved(part: Rewiring) -> None:
     for case in _cases():
         entries, count, fraction, _ = case
         delta = _rewire(part, case)
+        mask = _after(entries, delta)
         after = len(entries.index) - len(delta.drop) + len(delta.grow)
-        assert after == count, f"{part!r} leaves {after} entries at fraction {fraction}, {count} asked"
-        if fraction == 0.0:
-            assert not len(delta.drop), f"{part!r} drops {len(delta.drop)} entries at fraction 0"
+        assert after == int(mask.sum()), f"{part!r} grows what it keeps or drops what it has not"
+        assert count - part.short(mask) <= after <= count, f"{part!r} leaves {after} entries at fraction {fraction}, {count} asked"
         if delta.fill is not None:
             assert len(delta.fill) == len(delta.grow), f"{part!r} fills {len(delta.fill)} of {len(delta.grow)} grown entries"
+
+
+@contract(Rewiring)
+def without_a_fraction_nothing_is_dropped(part: Rewiring) -> None:
+    for case in _cases():
+        if case[2] == 0.0:
+            delta = _rewire(part, case)
+            assert not len(delta.drop), f"{part!r} drops {len(delta.drop)} entries at fraction 0"
 
 
 @contract(Rewiring)

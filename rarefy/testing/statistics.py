@@ -1,10 +1,15 @@
-"""The contract of a Statistic: streamed, order does not matter, inputs untouched, dead inputs exactly zero."""
+"""The contract of a Statistic: streamed, order does not matter, inputs untouched, dead inputs exactly zero; of a ModelStatistic: fitting, pure."""
 
 from __future__ import annotations
 
-import torch
+import copy
 
-from rarefy.core.roles import Statistic
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rarefy.core.records import Site
+from rarefy.core.roles import ModelStatistic, Statistic
 from rarefy.testing import figures
 from rarefy.testing.contract import contract
 
@@ -63,3 +68,46 @@ def figures_fit_the_site_in_float32(part: Statistic) -> None:
             wanted = weight.shape if part.source == "gradient" else (*found.shape[:-1], weight[0].numel())
             assert found.shape == wanted, f"{part!r}: {tuple(found.shape)} for a site of {shape}"
             assert found.dtype == torch.float32, f"{part!r}: {found.dtype} for {dtype} input"
+
+
+def _whole() -> tuple[nn.Sequential, list[Site], list[tuple[Tensor, Tensor]]]:
+    """A convolution, a batch norm and two linear layers, one of them frozen, in training mode; sites and batches (x, y)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(4, 3, 2), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 4, bias=False))
+    model[4].weight.requires_grad_(False)
+    sites = [Site("0.weight", "0", "weight", (3, 2, 2, 4), (0, 2, 3, 1)), Site("4.weight", "4", "weight", (5, 12)), Site("6.weight", "6", "weight", (4, 5))]
+    return model, sites, [(torch.randn(6, 4, 3, 3, generator=figures.seeded(seed)), torch.arange(6) % 4) for seed in (1, 2)]
+
+
+def _cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@contract(ModelStatistic)
+def figures_of_the_whole_model_fit_its_sites(part: ModelStatistic) -> None:
+    model, sites, batches = _whole()
+    found = part.collect(model, sites, batches, _cross_entropy)
+    assert found.keys() == {s.name for s in sites}, f"{part!r}: figures of {sorted(found)}"
+    for site in sites:
+        value = found[site.name]
+        assert tuple(value.shape) == site.shape, f"{part!r}: {tuple(value.shape)} for a site of {site.shape}"
+        assert value.dtype == torch.float32, f"{part!r}: {value.dtype}"
+        assert torch.isfinite(value).all(), f"{part!r}: not finite"
+        assert bool(value.any()), f"{part!r}: all zero for {site.name}"
+
+
+@contract(ModelStatistic)
+def measuring_the_whole_model_changes_nothing(part: ModelStatistic) -> None:
+    model, sites, batches = _whole()
+    model.eval()
+    model[2].train()  # flags of single modules are kept too
+    before, flags, states = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]
+    first = part.collect(model, sites, batches, _cross_entropy)
+    again = part.collect(model, sites, batches, _cross_entropy)
+    assert all(torch.equal(first[s.name], again[s.name]) for s in sites), f"{part!r} finds other figures the second time"
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), f"{part!r} changed the model"
+    assert [p.requires_grad for p in model.parameters()] == flags, f"{part!r} leaves other parameters trainable"
+    assert [m.training for m in model.modules()] == states, f"{part!r} leaves the model in another mode"
+    assert all(p.grad is None for p in model.parameters()), f"{part!r} leaves gradients behind"
+    assert not any(m._forward_hooks for m in model.modules()), f"{part!r} leaves hooks behind"

@@ -17,11 +17,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from rarefy.core.collect import Collector, Stats, call, collect_all, collectable, valid_tokens
-from rarefy.core.discover import methods, pick
 from rarefy.core.errors import BadInput, Refused
 from rarefy.core.exact import keep_count
 from rarefy.core.records import Member, Pruned, Recipe, Site, Units
-from rarefy.core.roles import Allocation, Criterion, Pattern, Solver, Statistic, asks
+from rarefy.core.roles import Allocation, Criterion, ModelStatistic, Pattern, Solver, Statistic, asks
 from rarefy.weights.account import ERROR_STATISTIC, site_record, unseen
 from rarefy.weights.account import relative_error as relative_error
 from rarefy.weights.allocations.outlier_share import block_of
@@ -30,6 +29,7 @@ from rarefy.weights.checkpoint import Checkpoint, digest, pack, unpack
 from rarefy.weights.criteria.magnitude import Magnitude
 from rarefy.weights.sites import find_sites
 from rarefy.weights.source import Weights
+from rarefy.weights.statistics import statistic as statistic
 
 ProgressBar = Callable[[int, int, str], None]
 OnPruned = Callable[[Site, Pruned], None]
@@ -151,7 +151,7 @@ def _key(flow: _Flow, density: float, include: tuple[str, ...], exclude: tuple[s
 def _refuse_whole(solver: Solver, allocation: Allocation, checkpoint: Checkpoint | None) -> None:
     """Streamed weights serve what looks at one block at a time."""
     at_once = [n for n in asks(allocation.counts) if n in ("weights", "scores", "stats")]
-    gradients = [n for n in solver.needs if statistic(n).source == "gradient"]
+    gradients = [n for n in solver.needs if statistic(n).source != "input"]
     for found, what in (
         (at_once, f"allocation {describe(allocation)} needs every site's {' and '.join(at_once)} at once"),
         (gradients, f"{' and '.join(gradients)} needs a backward pass through the whole model"),
@@ -192,7 +192,7 @@ class _Flow:
         needs = self.recipe.solver.needs
         dense: Stats = dict(known or {})
         wanted = _allocation_needs(self.recipe.solver, self.allocation)
-        whole = [n for n in dict.fromkeys((*wanted, *(n for n in needs if statistic(n).source == "gradient"))) if n not in dense]
+        whole = [n for n in dict.fromkeys((*wanted, *(n for n in needs if statistic(n).source != "input"))) if n not in dense]
         if whole:
             dense.update(collect_all(self.model, self.batches, self.sites, [statistic(n) for n in whole], loss=self.loss, progress=self.progress))
         budget = self._budget(density, dense)
@@ -203,7 +203,7 @@ class _Flow:
             return self._at_once(budget, dense)
         if not self.batches:
             raise BadInput(f"no calibration batches for {', '.join(rest)}", f"recipe {self.recipe.name} measures activations", "pass batches, or --calibration TEXT")
-        return self._by_block(budget, dense, [statistic(n) for n in rest], mode)
+        return self._by_block(budget, dense, [s for s in map(statistic, rest) if isinstance(s, Statistic)], mode)
 
     def _listened(self, needed: Sequence[str]) -> list[Site]:
         """The sites whose inputs are measured: all where the solver needs it, else those that can be."""
@@ -401,7 +401,7 @@ class _Flow:
                 bias.copy_(pruned.bias)
 
 
-def dense_statistics(recipes: Sequence[Recipe]) -> list[Statistic]:
+def dense_statistics(recipes: Sequence[Recipe]) -> list[Statistic | ModelStatistic]:
     """What must be collected on the dense model so that `prune(..., statistics=...)` can serve every recipe, errors included."""
     names = {ERROR_STATISTIC}
     for recipe in recipes:
@@ -421,8 +421,3 @@ def _rating(solver: Solver) -> Criterion:
 
 def _allocation_needs(solver: Solver, allocation: Allocation) -> tuple[str, ...]:
     return asks(_rating(solver).scores) if "scores" in asks(allocation.counts) else ()
-
-
-def statistic(name: str) -> Statistic:
-    """The discovered statistic of that name."""
-    return pick(methods(Statistic), name, "statistic")()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rarefy.core.attach import attach_view, detach, viewed
+from rarefy.core.collect import Stats, collect_all, undisturbed
 from rarefy.core.errors import BadInput, Refused
 from rarefy.core.exact import keep_count
 from rarefy.core.records import Delta, Entries, Event, Phase, Progress, Site, StatePolicy
@@ -21,6 +22,7 @@ from rarefy.weights.allocations.uniform import Uniform
 from rarefy.weights.patterns.unstructured import PerMatrix
 from rarefy.weights.penalties import ActivationPenalty, DualPenalty, GradientPenalty, LossPenalty, ProximalPenalty
 from rarefy.weights.sites import find_sites
+from rarefy.weights.statistics import statistic
 from rarefy.weights.support import Support, apply, between, moments
 from rarefy.weights.taps import Taps
 from rarefy.weights.views.masked import Masked
@@ -38,7 +40,9 @@ class Sparsifier:
         sites: parameter names (or Sites); default: the weights of every Linear and Conv.
         total: optimizer steps of the whole training.
         seed: of the random choices.
+        batches, batch_loss: what criteria that ask for statistics are measured on, see `collect_all`; at every choice of masks anew.
 
+    A phase of no steps (``until=0``) chooses its masks and ends as it is entered; the last phase lasts to the end in any case.
     A phase's allocation may ask for the sites' `weights`, the criterion's `scores` or `generator`; none is Uniform.
     A phase with a criterion and `enforce=False` keeps the values under the mask (they may return); with
     `enforce=True` they are zero. A mask is recomputed at the steps where the density asks for another count.
@@ -48,7 +52,17 @@ class Sparsifier:
         Refused: at a step, where a penalty acts in the loss and `loss` was not called.
     """
 
-    def __init__(self, model: nn.Module, phases: Phase | Sequence[Phase], *, sites: Iterable[str | Site] | None = None, total: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        phases: Phase | Sequence[Phase],
+        *,
+        sites: Iterable[str | Site] | None = None,
+        total: int = 1,
+        seed: int = 0,
+        batches: Sequence[Any] = (),
+        batch_loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    ) -> None:
         self.model, self.phases = model, (phases,) if isinstance(phases, Phase) else tuple(phases)
         if not self.phases:
             raise BadInput("no phases", "training has at least one phase")
@@ -61,16 +75,21 @@ class Sparsifier:
         self.support = Support(self.weights, axes_of(model))
         self.progress = Progress(total=total)
         self.ledger: list[Event] = []
+        self.anchors: dict[str, dict[str, Tensor]] = {}  # {name: the model's tensors at some moment}, see rarefy.weights.rewind
         self.generator = torch.Generator().manual_seed(seed)
+        self.batches, self.batch_loss = batches, batch_loss
         self.optimizer: Optimizer | None = None
         self._trigger: dict[str, Any] = {}
         self._budget: int | None = None  # what the masks were last chosen for
+        self._counts: dict[str, int] = {}  # how it was split; a rewiring may miss them, and aims at them again
+        self._rated: dict[str, Tensor] | None = None  # scores of the choice in hand: rated once for the allocation and the masks
         self._duals: dict[int, dict[str, Tensor]] = {}  # by the penalty's place in the phase
         self._held: dict[str, Tensor] = {}
         self._asked = False  # whether `loss` was called since the last step
         self.taps = Taps(model)
         self._arm()
         self._enter()
+        self._pass()
 
     @property
     def phase(self) -> Phase:
@@ -140,12 +159,15 @@ class Sparsifier:
                 self._advance()
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks and generator as tensors, the rest as plain JSON values."""
+        """Masks, anchors and generator as tensors, the rest as plain JSON values."""
         return {
             "masks": self.support.state_dict(),
+            "outer": {key: mask.clone() for key, mask in self.support.outer.items()},
+            "anchors": {name: dict(tensors) for name, tensors in self.anchors.items()},
             "generator": self.generator.get_state(),
             "progress": asdict(self.progress),
             "budget": self._budget,
+            "counts": dict(self._counts),
             "duals": {str(index): {name: value.tolist() for name, value in state.items()} for index, state in self._duals.items()},
             "trigger": copy.deepcopy(self._trigger),
             "ledger": [asdict(event) for event in self.ledger],
@@ -154,9 +176,11 @@ class Sparsifier:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume. Order: model, sparsifier, optimizer; `enter` of the phase is not run again."""
         self.support.load_state_dict(state["masks"])
+        self.support.outer = dict(state["outer"])
+        self.anchors = {name: dict(tensors) for name, tensors in state["anchors"].items()}
         self.generator.set_state(state["generator"])
         self.progress = Progress(**state["progress"])
-        self._budget = state["budget"]
+        self._budget, self._counts = state["budget"], dict(state["counts"])
         self._duals = {int(index): self._dual_state(int(index), values) for index, values in state["duals"].items()}
         self._trigger = copy.deepcopy(state["trigger"])
         self.ledger = [Event(**event) for event in state["ledger"]]
@@ -186,17 +210,26 @@ class Sparsifier:
     def _enter(self) -> None:
         for action in self.phase.enter:
             action(self)
-        self._budget = None
+        self._budget, self._counts = None, {}
         self._remask()
         self._zero_outside()
 
     def _advance(self) -> None:
         if self.progress.phase + 1 < len(self.phases):
-            self.progress = replace(self.progress, phase=self.progress.phase + 1, phase_step=0)
-            self._trigger, self._duals = {}, {}
-            self._arm()
-            self._enter()
-            self.boundary("phase", name=self.phase.name)
+            self._next()
+            self._pass()
+
+    def _next(self) -> None:
+        self.progress = replace(self.progress, phase=self.progress.phase + 1, phase_step=0)
+        self._trigger, self._duals = {}, {}
+        self._arm()
+        self._enter()
+        self.boundary("phase", name=self.phase.name)
+
+    def _pass(self) -> None:
+        """Phases of no steps end as they are entered."""
+        while self.phase.until == 0 and self.progress.phase + 1 < len(self.phases):
+            self._next()
 
     def _knobs(self) -> None:
         values = {name: schedule(self.progress) for name, schedule in self.phase.knobs.items()}
@@ -204,23 +237,23 @@ class Sparsifier:
             view.knobs.update(values)
 
     # -- masks
-    def _wanted(self) -> dict[str, int]:
-        """The allocation's counts where the density asks for another total, else the counts as they are."""
+    def _allocate(self) -> bool:
+        """Split the budget anew where the density asks for another total; whether that asks for other counts than there are."""
         if self.phase.density is None:
-            return self.support.counts()
+            return False
         units = self.support.units()
-        budget = keep_count(sum(u.numel for u in units), self.phase.density(self.progress))
+        budget = min(keep_count(sum(u.numel for u in units), self.phase.density(self.progress)), sum(u.limit for u in units))
         if budget == self._budget:
-            return self.support.counts()
-        self._budget = budget
+            return False
+        self._budget, self._rated = budget, None
         allocation = self.phase.allocation or Uniform()
         have: dict[str, Callable[[], Any]] = {"weights": self._read, "scores": self._scores}
         self._refuse_unknown(f"allocation {allocation!r}", allocation.counts, have)
         stats = {name: have[name]() for name in asks(allocation.counts)}
         if "generator" in inspect.signature(allocation.counts).parameters:
             stats["generator"] = self.generator
-        counts: dict[str, int] = allocation.counts(units, budget, **stats)
-        return counts
+        self._counts = allocation.counts(units, budget, **stats)
+        return self._counts != self.support.counts()
 
     @staticmethod
     def _refuse_unknown(what: str, method: Callable[..., Any], have: Mapping[str, Any]) -> None:
@@ -236,21 +269,40 @@ class Sparsifier:
     def _scores(self) -> dict[str, Tensor]:
         if self.phase.criterion is None:
             raise BadInput(f"phase {self.phase.name!r}", "an allocation that asks for scores needs the phase's criterion", "state a criterion or another allocation")
-        self._refuse_unknown(f"criterion {self.phase.criterion!r}", self.phase.criterion.scores, {})
-        return {key: self.phase.criterion.scores(weight, generator=self.generator) for key, weight in self._read().items()}
+        if self._rated is None:
+            scores, stats = self.phase.criterion.scores, self._statistics(asks(self.phase.criterion.scores))
+            self._rated = {key: scores(weight, generator=self.generator, **{name: found[key] for name, found in stats.items()}) for key, weight in self._read().items()}
+        return self._rated
+
+    def _statistics(self, names: Sequence[str]) -> Stats:
+        """What the criterion asks for, of the model as it is now; the model's buffers and the random state stay as they were."""
+        if not names:
+            return {}
+        if not self.batches:
+            raise BadInput(
+                f"criterion {self.phase.criterion!r}", f"it asks for {', '.join(names)}, which training does not collect without batches", "pass batches= and batch_loss="
+            )
+        with undisturbed(self.model):
+            return collect_all(self.model, self.batches, self._sites(), [statistic(name) for name in names], loss=self.batch_loss)
+
+    def _sites(self) -> list[Site]:
+        axes = axes_of(self.model)
+        return [
+            Site(key, module, name, self.support.shape(key), axes.get(key, tuple(range(w.dim())))) for key, w in self.weights.items() for module, _, name in [key.rpartition(".")]
+        ]
 
     def _remask(self) -> None:
         """Choose anew from the criterion, at the steps where the density asks for other counts."""
         phase = self.phase
         if phase.criterion is None:
             return
-        counts = self._wanted()
-        if counts == self.support.counts():
+        if not self._allocate():
             return
         pattern = phase.pattern or PerMatrix()
         for key, scores in self._scores().items():
-            mask = self.support.back(key, pattern.mask(scores, pattern.nearest(tuple(scores.shape), counts[key])))
+            mask = self.support.back(key, pattern.mask(scores, pattern.nearest(tuple(scores.shape), self._counts[key]), self.support.bound(key)))
             self._change(key, between(self.support.masks[key], mask), StatePolicy() if phase.enforce else _KEEP)
+        self._rated = None
         self._note("mask")
 
     def _rewire(self) -> bool:
@@ -258,20 +310,27 @@ class Sparsifier:
         phase, p = self.phase, self.progress
         if phase.rewiring is None or p.phase_step == 0 or p.phase_step % phase.every:
             return False
-        fraction, counts = (0.0 if phase.fraction is None else phase.fraction(p)), self._wanted()
-        if fraction == 0.0 and counts == self.support.counts():
+        fraction, changed = (0.0 if phase.fraction is None else phase.fraction(p)), self._allocate()
+        if fraction == 0.0 and not changed:
             return False
-        for key, weight in self.weights.items():
-            mask = self.support.masks[key]
-            entries = Entries(weight.detach()[mask], mask.flatten().nonzero()[:, 0], tuple(mask.shape))
-            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            have = {"gradient": gradient, "weight": weight.detach()}
-            stats = {name: have[name] for name in asks(phase.rewiring.rewire) if name in have}
-            delta = phase.rewiring.rewire(entries, count=counts[key], fraction=fraction, bound=None, generator=self.generator, **stats)
-            self._change(key, delta, phase.rewiring.policy)
+        counts = self._counts or self.support.counts()
+        for key in self.weights:
+            self._change(key, self._delta(key, counts[key], fraction), phase.rewiring.policy)
         self._note("rewire")
         policy: StatePolicy = phase.rewiring.policy
         return policy.at == "instead"
+
+    def _delta(self, key: str, count: int, fraction: float) -> Delta:
+        """What the rewiring asks of a site, which it sees as [O, ..., I], at positions of the site's own tensor."""
+        parameter, rewiring = self.weights[key], self.phase.rewiring
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        mask, weight = (self.support.read(key, t) for t in (self.support.masks[key], parameter.detach()))
+        entries = Entries(weight[mask], mask.flatten().nonzero()[:, 0], tuple(mask.shape))
+        have = {"gradient": self.support.read(key, gradient), "weight": weight, "final": key == next(reversed(self.weights))}
+        asked = {name: have[name] for name in asks(rewiring.rewire) if name in have}
+        delta: Delta = rewiring.rewire(entries, count=count, fraction=fraction, bound=self.support.bound(key), generator=self.generator, **asked)
+        place = self.support.read(key, torch.arange(mask.numel(), device=mask.device).view(parameter.shape)).flatten()
+        return Delta(place[delta.drop], place[delta.grow], delta.fill)
 
     def _change(self, key: str, delta: Delta, policy: StatePolicy) -> None:
         apply(delta, self.support.masks[key], self.weights[key], policy, self.optimizer)
@@ -295,6 +354,7 @@ class Sparsifier:
         if not self._asked and any(isinstance(p, (LossPenalty, DualPenalty, ActivationPenalty)) for p in self.phase.penalties):
             raise Refused("a step without sp.loss", "the phase has penalties that act in the loss, and would train without them", "call sp.loss(task).backward()")
         self._asked = False
+        self._set_rate(optimizer)
         if self.phase.rewiring is None:
             self._remask()
         if self._rewire():
@@ -320,6 +380,13 @@ class Sparsifier:
         self._knobs()
         if isinstance(self.phase.until, int) and self.progress.phase_step >= self.phase.until:
             self._advance()
+
+    def _set_rate(self, optimizer: Optimizer) -> None:
+        """The phase's factor on the learning rate that each group started with."""
+        if self.phase.rate is not None:
+            factor = self.phase.rate(self.progress)
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
     def _edit_gradients(self) -> None:
         for penalty in self.phase.penalties:

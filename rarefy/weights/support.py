@@ -13,7 +13,7 @@ from rarefy.core.records import Delta, StatePolicy, Units
 
 
 class Support:
-    """One bool mask per key, the shape of its tensor. Everything is kept until told otherwise.
+    """One bool mask per key, the shape of its tensor. Everything is kept until told otherwise; `confine` draws a line around it.
 
     `axes` of a key brings its tensor to [O, ..., I], as a Site's do; without an entry the tensor is taken as it is.
     """
@@ -21,12 +21,25 @@ class Support:
     def __init__(self, weights: Mapping[str, Tensor], axes: Mapping[str, Sequence[int]] | None = None) -> None:
         self._axes = {key: tuple((axes or {}).get(key, range(w.dim()))) for key, w in weights.items()}
         self.masks = {key: torch.ones(w.shape, dtype=torch.bool, device=w.device) for key, w in weights.items()}
+        self.outer: dict[str, Tensor] = {}  # what bounds every later choice; empty: nothing does
 
     def counts(self) -> dict[str, int]:
         return {key: int(mask.sum()) for key, mask in self.masks.items()}
 
     def units(self) -> tuple[Units, ...]:
-        return tuple(Units(key, tuple(self.read(key, mask).shape), ()) for key, mask in self.masks.items())
+        return tuple(Units(key, self.shape(key), (), cap=int(self.outer[key].sum()) if self.outer else None) for key in self.masks)
+
+    def confine(self) -> None:
+        """Every later mask is a part of the masks as they are now."""
+        self.outer = {key: mask.clone() for key, mask in self.masks.items()}
+
+    def bound(self, key: str) -> Tensor | None:
+        """Where [O, ..., I] a choice may keep anything; None: everywhere."""
+        return self.read(key, self.outer[key]) if self.outer else None
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a key's view [O, ..., I]."""
+        return tuple(self.read(key, self.masks[key]).shape)
 
     def read(self, key: str, tensor: Tensor) -> Tensor:
         """A tensor of the key's shape as a view [O, ..., I]."""

@@ -20,14 +20,11 @@ from rarefy.core.errors import BadFile, BadInput, Refused
 from rarefy.core.files import write_atomic
 from rarefy.core.records import TrainRecipe
 from rarefy.core.roles import Allocation, Task
+from rarefy.weights.source_net import SourceNet
 from rarefy.weights.sparsifier import Sparsifier
 
 Factory = Callable[[Iterable[nn.Parameter]], Optimizer]
 _CHECKPOINT, _MODEL, _RECORD = "checkpoint.safetensors", "model.safetensors", "record.json"
-
-
-def sgd(parameters: Iterable[nn.Parameter]) -> Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-4)
 
 
 def train(
@@ -37,12 +34,14 @@ def train(
     density: float,
     steps: int,
     seed: int = 0,
-    optimizer: Factory = sgd,
+    optimizer: Factory | None = None,
     options: dict[str, Any] | None = None,
     allocation: Allocation | None = None,
+    within: SourceNet | None = None,
     checkpoint_dir: str | Path | None = None,
     save_every: int = 100,
     resume: bool = True,
+    calibration: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Train sparsely from scratch; the same seed gives the same bytes, and the caller's random state is left as it was.
@@ -50,12 +49,14 @@ def train(
     Args:
         density: fraction of the sites' weights kept at the end, in (0, 1].
         steps: optimizer steps.
-        optimizer: parameters -> optimizer (default SGD 0.1, momentum 0.9, weight decay 1e-4).
+        optimizer: parameters -> optimizer (default the task's, which is SGD 0.1, momentum 0.9, weight decay 1e-4 unless it says otherwise).
         options: for `task.model`.
         allocation: in place of the recipe's, in every phase; a phase that states none of its own has the recipe's.
+        within: a random source network, drawn first, that training never leaves.
         checkpoint_dir: where a checkpoint is kept every `save_every` steps and, at the end, model.safetensors (dense with
             zeros) and record.json are written; each file appears whole or not at all.
         resume: continue a checkpoint of the same run, to the same bytes as without the stop.
+        calibration: on how many of the run's first batches a criterion of the gradient is measured.
         progress: called with (step, steps) after each step.
 
     Returns:
@@ -71,8 +72,11 @@ def train(
         torch.manual_seed(seed)
         model = task.model(seed, **(options or {}))
         phases = tuple(replace(phase, allocation=allocation or phase.allocation or recipe.allocation) for phase in recipe.phases(density, steps))
-        sparsifier = Sparsifier(model, phases, total=steps, seed=seed)
-        opt = optimizer(model.parameters())
+        phases = (*(() if within is None else within.before(density)), *phases)
+        sparsifier = Sparsifier(
+            model, phases, sites=task.sites(model), total=steps, seed=seed, batches=[task.batch(seed, step) for step in range(calibration)], batch_loss=task.loss
+        )
+        opt = (optimizer or task.optimizer)(model.parameters())
         sparsifier.attach(opt)
         control = Control(model, opt, task.controllers(model))
         run = {
@@ -82,7 +86,9 @@ def train(
             "steps": steps,
             "seed": seed,
             "options": options or {},
+            "calibration": calibration,
             "allocation": repr(allocation or recipe.allocation),
+            **({} if within is None else {"within": repr(within)}),
         }
         folder = None if checkpoint_dir is None else Path(checkpoint_dir)
         if folder is not None:
@@ -116,6 +122,7 @@ def _record(task: Task, run: dict[str, Any], model: nn.Module, sparsifier: Spars
     measured = sum(int((w != 0).sum()) for w in sparsifier.weights.values()) / sum(w.numel() for w in sparsifier.weights.values())
     head = {"task": task.name, "recipe": run["recipe"], "allocation": run["allocation"], "density_requested": run["density"], "density": measured}
     head |= {"options": run["options"]} if run["options"] else {}
+    head |= {"within": run["within"]} if "within" in run else {}
     return {**head, "metric": task.evaluate(model), "steps": run["steps"], "seed": run["seed"], "sites": sites}
 
 
@@ -124,6 +131,8 @@ def _save(path: Path, run: dict[str, Any], model: nn.Module, sparsifier: Sparsif
     state, moments = sparsifier.state_dict(), optimizer.state_dict()
     tensors: dict[str, Tensor] = {f"model/{k}": v for k, v in model.state_dict().items()}
     tensors |= {f"mask/{k}": v for k, v in state.pop("masks").items()}
+    tensors |= {f"outer/{k}": v for k, v in state.pop("outer").items()}
+    tensors |= {f"anchor/{name}/{k}": v for name, anchor in state.pop("anchors").items() for k, v in anchor.items()}
     tensors["generator"] = state.pop("generator")
     tensors["torch_generator"] = torch.get_rng_state()
     plain: dict[str, dict[str, Any]] = {}
@@ -147,9 +156,13 @@ def _load(path: Path, run: dict[str, Any], model: nn.Module, sparsifier: Sparsif
         raise BadFile(f"checkpoint {path}", f"it must be a checkpoint that train wrote, and reading raised {type(error).__name__}", "delete it or pass resume=False") from error
     if scalars["run"] != json.loads(json.dumps(run)):
         raise Refused(f"checkpoint {path} of {scalars['run']}", f"this run is {run}", "name another checkpoint_dir or pass resume=False")
-    of = {p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("model/", "mask/", "optimizer/")}
+    of = {p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("model/", "mask/", "outer/", "anchor/", "optimizer/")}
     model.load_state_dict(of["model/"])
-    sparsifier.load_state_dict({**scalars["sparsifier"], "masks": of["mask/"], "generator": tensors["generator"]})
+    anchors: dict[str, dict[str, Tensor]] = {}
+    for key, value in of["anchor/"].items():
+        anchor, name = key.split("/", 1)
+        anchors.setdefault(anchor, {})[name] = value
+    sparsifier.load_state_dict({**scalars["sparsifier"], "masks": of["mask/"], "outer": of["outer/"], "anchors": anchors, "generator": tensors["generator"]})
     moments: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in scalars["plain"].items()}
     for key, value in of["optimizer/"].items():
         index, name = key.split("/", 1)
