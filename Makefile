@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH  := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: install demo test check docs catalogue replicate sanitized hostile sanitize races aarch64 without-compiler clean
+.PHONY: install demo test check docs catalogue replicate sanitized hostile sanitize races aarch64 wheels clean
 
 install: $(STAMP)
 
@@ -17,7 +17,7 @@ NATIVE := CMakeLists.txt $(wildcard rarefy/kernels/native/*)
 $(STAMP): pyproject.toml constraints.txt requirements-demo.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q $(TORCH)+cpu --no-deps --retries 0 --timeout 20 --index-url $(TORCH_INDEX) 2>/dev/null || $(PIP) install -q $(TORCH)
-	$(PIP) install -q -c constraints.txt -e '.[hub,tasks,dev]'
+	$(PIP) install -q -c constraints.txt -e '.[hub,tasks,dev,release]'
 	$(PIP) install -q --no-deps -r requirements-demo.txt
 	touch $@
 
@@ -71,11 +71,13 @@ aarch64:
 	mkdir -p build && aarch64-linux-gnu-g++ -std=c++17 -O2 -static -DRAREFY_STD_THREADS -pthread $(CHECK) -o build/aarch64
 	qemu-aarch64-static build/aarch64
 
-# An install without a C++ compiler is pure Python, and works.
-without-compiler: install
-	rm -rf build/pure && CXX=/bin/false CC=/bin/false $(PIP) wheel -q . --no-deps -w build/pure
-	$(BIN)/python -m zipfile -e build/pure/rarefy-*-py3-none-any.whl build/pure
-	$(BIN)/python .ci/against.py build/pure -c "from rarefy.kernels.library import describe; print(describe()); assert 'without a compiler' in describe()"
+# What a release uploads, in dist/: a wheel with the kernels, and one of pure Python, which is also what an install without a
+# C++ compiler makes. Each is tried in a fresh environment. torch's OpenMP runtime must stay the only one: none is bundled.
+wheels: install
+	rm -rf dist build/wheels && $(PIP) wheel -q . --no-deps -w build/wheels
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 -w dist build/wheels/rarefy-*.whl
+	CXX=/bin/false CC=/bin/false $(PIP) wheel -q . --no-deps -w dist
+	$(BIN)/python .ci/try_wheels.py dist
 
 clean:
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache
