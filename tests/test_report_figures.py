@@ -35,6 +35,11 @@ def test_labels_of_a_crowd_meet_nothing_at_any_width(seed: int) -> None:
                 assert box[1] <= other[0] or other[1] <= box[0] or box[3] <= other[2] or other[3] <= box[2], (seed, width, i, other)
 
 
+def test_labels_of_points_in_one_place_can_be_told_apart() -> None:
+    one, two = place([(0.5, 100.0, "11"), (0.5, 100.0, "5")], HEIGHT)
+    assert abs(one.dy - two.dy) >= TALL or one.dx + 2 * LETTER + 4 <= two.dx or two.dx + LETTER + 4 <= one.dx
+
+
 def point(label: str, x: float, loss: float, interval: tuple[float, float], budget: float = 0.05, chosen: bool = False) -> Point:
     return Point(label, f"form {label}", x, loss, interval, loss <= budget, chosen)
 

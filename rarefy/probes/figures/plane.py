@@ -130,7 +130,7 @@ def _key(points: Sequence[Point], y: Scale, joined: bool) -> str:
     words = f"Upright lines: 95% intervals{', cut off at the edge' if any(p.interval[1] > y.high for p in points) else ''}."
     words += " Steps: the best of what was measured." if joined else ""
     words += f" Above the axis, drawn as triangles at its edge: {beyond}." if beyond else ""
-    return f"{key(entries)}<br>{words}"
+    return f"{key(entries)}<br />{words}"
 
 
 def _words(points: Sequence[Point], limit: str, axis: Axis) -> str:
