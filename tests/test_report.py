@@ -38,8 +38,8 @@ def test_the_page_has_the_figures_of_the_record() -> None:
     text = page(record(), 1_500_000)
     assert "48 weights kept in 3 matrices (50.00%); 1.5 MB on disk" in text
     assert re.search(row("up", "4 × 8", "24", "0.7500", "0.1333", "0.0667"), text)
-    assert re.search(row("layers.1", "1", "32 weights", "16", "0.5000", "mean 0.2000", "mean 0.1000"), text)
-    assert re.search(row("all", "3", "96 weights", "48", "0.5000", "mean 0.2444", "mean 0.1222"), text)
+    assert re.search(row("layers.1", "1", "32 weights", "16", "0.5000", "0.2000 (mean)", "0.1000 (mean)"), text)
+    assert re.search(row("all", "3", "96 weights", "48", "0.5000", "0.2444 (mean)", "0.1222 (mean)"), text)
     assert heights(text, "a") == pytest.approx([100 / 3, 200 / 3, 100, 50, 25, 50 / 3], abs=0.01)  # density, then error on the scale of the mask alone
     assert heights(text, "b") == pytest.approx([100, 50, 100 / 3], abs=0.01)
 
@@ -112,7 +112,7 @@ def test_a_packed_folder_has_a_page_of_bytes_layouts_and_gates(tmp_path: Path) -
     for cells in (("a", "topk", "0.2500", "0.2617"), ("up", "9", "5"), ("b", "dense", *kept, "-", "-", "packed it would be no smaller")):
         assert re.search(row(*cells), text), cells
     assert re.search(row("a", "int8", "0.5000", "4.0 kB", "2.1 kB", "0.1250", "0.2617", "0.1500", ""), text)
-    assert re.search(row("together", "int8 1, dense 1", "0.6667", "6.0 kB", "4.1 kB", "mean 0.0625", "", "0.1500", "1 dense"), text)
+    assert re.search(row("together", "int8 1, dense 1", "0.6667", "6.0 kB", "4.1 kB", "0.0625 (mean)", "0.2617 (mean)", "0.1500", "1 dense"), text)
     assert (heights(text, "b", " kB"), heights(text, "a", " kB")) == ([100.0, 50.0], [52.5, 50.0])
     plain = write(tmp_path / "q", "pack.json", packed_record(gates=[], edits=[], gating=None, sites=[{**s, "error": 0.0} for s in packed_record()["sites"]]))
     assert "Gates" not in plain and "Narrower" not in plain and "Relative error of the stored" not in plain

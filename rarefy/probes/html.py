@@ -47,7 +47,7 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], tota
     body = "".join(_row(row, prose) for row in rows)
     foot = f"<tfoot>{_row(total, prose)}</tfoot>" if total else ""
     label = f"role=region tabindex=0 aria-label='{escape(caption)}'"
-    return f"<div class='scroll{' words' if words else ''}' {label}><table><caption>{escape(caption)}</caption><thead><tr>{columns}</tr></thead><tbody>{body}</tbody>{foot}</table></div>"
+    return f"<div class='scroll{' words' if words else ''}' {label}><table><caption><span>{escape(caption)}</span></caption><thead><tr>{columns}</tr></thead><tbody>{body}</tbody>{foot}</table></div>"
 
 
 def _row(cells: Sequence[str], prose: Sequence[bool]) -> str:
@@ -66,6 +66,14 @@ def megabytes(count: float) -> str:
     ('1.3 MB', '12.3 kB')
     """
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def percent(value: float) -> str:
+    """
+    >>> percent(0.0351), percent(-0.000001)
+    ('3.51%', '0.00%')
+    """
+    return f"{round(value, 4) + 0.0:.2%}"
 
 
 def number(count: int, one: str, many: str) -> str:

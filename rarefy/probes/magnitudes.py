@@ -21,7 +21,7 @@ from rarefy.probes.places import OUTSIDE, kind_of, split_name, tensor_of
 MATRICES = 8  # of a kind that are read, evenly from first to last
 WEIGHTS = 1 << 20  # of a matrix that are counted, in evenly spread runs of rows
 RUNS = 16
-FINE = 4  # bins an octave
+FINE = 8  # bins an octave
 LOWEST, HIGHEST = -40, 20  # octaves; smaller and larger ones are counted at the ends
 
 
@@ -43,12 +43,12 @@ class Magnitudes:
         return sum(self.counts)
 
     def quantile(self, share: float) -> float:
-        """The size below which `share` of them lie, to the middle of a bin."""
+        """The size below which `share` of them lie, as if they were evenly spread inside a bin."""
         seen, wanted = 0, share * self.kept
         for i, count in enumerate(self.counts):
+            if count and seen + count >= wanted:
+                return float(2 ** (LOWEST + (i + (wanted - seen) / count) / FINE))
             seen += count
-            if seen >= wanted and seen:
-                return float(2 ** (LOWEST + (i + 0.5) / FINE))
         return 0.0
 
 

@@ -17,7 +17,7 @@ STYLE = (
 """
     + """
 :root{color-scheme:light dark}*{box-sizing:border-box}
-body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:64rem;margin:0 auto;padding:1rem 1.25rem 3rem}
+body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:70rem;margin:0 auto;padding:1rem 1.25rem 3rem}
 h1{font-size:1.6rem;line-height:1.25;overflow-wrap:anywhere;margin:.5rem 0}h2{font-size:1.15rem;margin:2.2rem 0 .5rem}p{max-width:46rem;overflow-wrap:anywhere}
 a{color:var(--a)}.skip{position:absolute;left:-99rem}.skip:focus{left:1rem;top:.5rem;padding:.5rem;background:var(--paper);z-index:9}
 :focus-visible{outline:3px solid var(--a);outline-offset:2px}
@@ -32,9 +32,9 @@ svg .line{fill:none;stroke:var(--a);stroke-width:2;vector-effect:non-scaling-str
 i.a,i.b,i.hollow{print-color-adjust:exact;display:inline-block;width:.7em;height:.7em;margin-right:.35em;background:var(--a)}i.b{background:var(--b)}
 i.hollow,i.dot{border-radius:50%}i.hollow{background:none;border:2px solid var(--a)}i.diamond{transform:rotate(45deg)}
 .scroll{overflow:auto;max-height:80vh;margin:.5rem 0}table{border-collapse:separate;border-spacing:0;font-size:.85rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;padding-bottom:.35rem}th,td{padding:.25rem .7rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap;vertical-align:top}
+caption{text-align:left;padding-bottom:.35rem}caption span{position:sticky;left:0;display:inline-block;max-width:calc(100vw - 3rem)}th,td{padding:.25rem .7rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap;vertical-align:top}
 thead th{position:sticky;top:0;background:var(--shade);white-space:normal;vertical-align:bottom;z-index:1}.t{text-align:left}
-tbody th,tfoot th,thead th:first-child{position:sticky;left:0;background:var(--paper);text-align:left;font-weight:400;white-space:normal;overflow-wrap:anywhere;min-width:7rem;max-width:min(20rem,45vw)}
+tbody th,tfoot th,thead th:first-child{position:sticky;left:0;background:var(--paper);text-align:left;font-weight:400;white-space:normal;overflow-wrap:anywhere;min-width:min(12rem,39vw);max-width:min(22rem,42vw)}
 thead th:first-child{background:var(--shade);font-weight:700;z-index:2}tfoot th,tfoot td{font-weight:700;border-bottom:0}.words td{white-space:normal;overflow-wrap:anywhere;min-width:9rem;text-align:left}
 details{border-bottom:1px solid var(--line)}summary{padding:.45rem .25rem;cursor:pointer;overflow-wrap:anywhere}details .scroll{margin:0 0 1rem}
 @media print{:root{color-scheme:light}body{max-width:none;padding:0;font-size:11pt}nav,.skip{display:none}.scroll{overflow:visible;max-height:none}thead th,tbody th,tfoot th{position:static}

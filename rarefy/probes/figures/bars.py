@@ -8,7 +8,7 @@ from typing import Any
 from rarefy.probes.figures.frame import Scale, figure, key, over, rows, under
 from rarefy.probes.html import escape
 
-NAMED = 300  # bars; more are one outline without a name each
+NAMED = 300  # bars; more are outlines, which stand before one another and have no name each
 HEIGHT = 170  # pixels
 Series = Sequence[tuple[str, str, str]]  # (key of a row, css class, what it is)
 
@@ -24,7 +24,7 @@ def bars(found: Sequence[Mapping[str, Any]], series: Series, what: str, along: s
         return ""
     scale = Scale(0.0, max(float(row[k]) for row in found for k, _, _ in series) or 1.0)
     named = len(found) * len(series) <= NAMED
-    drawn = "".join((_each if named else _outline)(found, k, css, j, len(series), scale, unit) for j, (k, css, _) in enumerate(series))
+    drawn = "".join(_each(found, k, css, j, len(series), scale, unit) for j, (k, css, _) in enumerate(series)) if named else _outlines(found, series, scale)
     inner = f"<svg width=100% height=100% viewBox='0 0 {len(found)} 100' preserveAspectRatio=none>{drawn}</svg>"
     below = "".join(f"<text class='tick middle' y=100% dy=17 x={100 * at / len(found):.2f}%>{escape(label)}</text>" for at, label in marks)
     summary = "; ".join(f"{label} from {min(row[k] for row in found):.3g} to {max(row[k] for row in found):.3g}{unit}" for k, _, label in series)
@@ -41,7 +41,13 @@ def _each(found: Sequence[Mapping[str, Any]], what: str, css: str, j: int, of: i
     )
 
 
-def _outline(found: Sequence[Mapping[str, Any]], what: str, css: str, j: int, of: int, scale: Scale, unit: str) -> str:
-    wide = 1 / of
-    path = "".join(f"M{i + j * wide:.2f} 100V{100 - scale(row[what]):.1f}h{wide:.2f}V100z" for i, row in enumerate(found))
-    return f"<path class={css} d='{path}'/>"
+def _outlines(found: Sequence[Mapping[str, Any]], series: Series, scale: Scale) -> str:
+    """The series before one another, in each row the smaller before the larger."""
+    drawn = []
+    for rank in range(len(series)):
+        parts: dict[str, list[str]] = {}
+        for i, row in enumerate(found):
+            _, what, css = sorted((-float(row[what]), what, css) for what, css, _ in series)[rank]
+            parts.setdefault(css, []).append(f"M{i} 100V{100 - scale(row[what]):.1f}h1V100z")
+        drawn += [f"<path class={css} shape-rendering=crispEdges d='{''.join(path)}'/>" for css, path in parts.items()]
+    return "".join(drawn)

@@ -21,14 +21,13 @@ class Counts:
     counts: Sequence[int]
 
 
-def histograms(series: Sequence[Counts], low: float, high: float, what: str, caption: str, read: Callable[[float], str] = "{:.3g}".format) -> str:
-    """Each series' bins from `low` to `high`, its highest column as tall as the row; `read` writes a value of the axis."""
+def histograms(series: Sequence[Counts], low: float, high: float, what: str, caption: str, read: Callable[[float], str] = "{:.3g}".format, ticks: Sequence[float] = ()) -> str:
+    """Each series' bins from `low` to `high`, its highest column as tall as the row; `read` writes a value of the axis, `ticks` are values on it."""
     if not series:
         return ""
     scale = Scale(low, high)
     drawn = [_row(i, one, low, high, read) for i, one in enumerate(series)]
-    ticks = "".join(f"<text class='tick middle' y=100% dy=17 x={scale(v):.2f}%>{read(v)}</text>" for v in scale.ticks(3))
-    axis = ticks + under(what)
+    axis = "".join(f"<text class='tick middle' y=100% dy=17 x={scale(v):.2f}%>{read(v)}</text>" for v in ticks or scale.ticks(4)) + under(what)
     summary = "; ".join(f"{one.name}: {one.words}" for one in series)
     return figure("".join(drawn) + axis, escape(caption), f"Distribution of {what}. {summary}", ROW * len(series))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 NARROW, WIDE = 250, 980  # pixels between which a figure's width lies
 TALL = 14  # pixels of a label
+GAP = 4  # pixels between labels side by side
 LETTER = 8.0  # pixels, of the widest of the fonts met
 
 
@@ -65,7 +66,7 @@ def place(points: Sequence[tuple[float, float, str]], height: float, taken: Sequ
         tried = [(label, box) for label, box in tried if box.inside(height)] or tried
         label, box = min(tried, key=lambda one: (sum(one[1].meets(b) for b in (*spots, *taken, *boxes)), sum(one[1].meets(b) for b in lines)))
         found.append(label)
-        boxes.append(box)
+        boxes.append(Box(at, box.left - GAP, box.right + GAP, box.top, box.bottom))
     return found
 
 

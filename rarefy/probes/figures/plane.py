@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from rarefy.probes.figures.frame import Scale, columns, figure, key, over, rows
 from rarefy.probes.figures.labels import LETTER, Box, place
-from rarefy.probes.html import escape
+from rarefy.probes.html import escape, percent
 
 HEIGHT = 300  # pixels
 REACH = 4.0  # budgets that the vertical axis shows, at most
@@ -61,7 +61,7 @@ def plane(points: Sequence[Point], budget: float, axis: Axis, joined: bool = Tru
         dx, dy = put[i].dx, put[i].dy
         lead = f"<line class=lead x1=0 y1=0 x2={dx + LETTER * len(_label(point)) * (dx < 0):.1f} y2={dy:.1f} />" if put[i].far else ""
         text = f"<text x={dx:.1f} y={dy + 4:.1f}{' class=strong' if point.chosen else ''}>{escape(_label(point))}</text>"
-        name = f"<title>{escape(point.name)}: loss {point.loss:.2%}, {escape(axis.read(point.x))}</title>"
+        name = f"<title>{escape(point.name)}: loss {percent(point.loss)}, {escape(axis.read(point.x))}</title>"
         drawn.append(f"<svg x={x(point.x):.2f}% y={y(_within(point.loss, y)):.2f}%>{lead}{_mark(point, y)}{text}{name}</svg>")
     return figure("".join(drawn), _key(points, y, joined), _words(points, limit, axis), HEIGHT)
 
@@ -130,9 +130,9 @@ def _key(points: Sequence[Point], y: Scale, joined: bool) -> str:
     words = f"Upright lines: 95% intervals{', cut off at the edge' if any(p.interval[1] > y.high for p in points) else ''}."
     words += " Steps: the best of what was measured." if joined else ""
     words += f" Above the axis, drawn as triangles at its edge: {beyond}." if beyond else ""
-    return f"{key(entries)} {words}"
+    return f"{key(entries)}<br />{words}"
 
 
 def _words(points: Sequence[Point], limit: str, axis: Axis) -> str:
-    each = "; ".join(f"{_label(p)} ({p.name}): {axis.read(p.x)}, loss {p.loss:.2%}" for p in points)
+    each = "; ".join(f"{_label(p)} ({p.name}): {axis.read(p.x)}, loss {percent(p.loss)}" for p in points)
     return f"Loss against {axis.what}, {limit}. {each}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from rarefy.probes.places import split_name
 
 Site = Mapping[str, Any]
 LABELS = 10  # of blocks, under a figure
+DECADES = 5
 FEWEST = 3  # matrices of which there is a distribution
 NARROWEST = 0.001  # share of a kind's weights at each end that its histogram may leave out
 
@@ -57,6 +59,14 @@ def grouped(sites: Sequence[Site]) -> dict[str, list[Site]]:
     return blocks
 
 
+def mean(values: Sequence[float]) -> str:
+    """
+    >>> mean([0.25, 0.5])
+    '0.3750 (mean)'
+    """
+    return f"{sum(values) / len(values):.4f} (mean)" if values else "-"
+
+
 def along(sites: Sequence[Site], series: Series, what: str, unit: str = "") -> str:
     """A bar a matrix, in the order of the record, with the numbers of the blocks below."""
     blocks = list(grouped(sites).items())
@@ -97,8 +107,18 @@ def sizes(found: Sequence[Magnitudes]) -> str:
     series = [Counts(kind.kind, _sizes(kind), [sum(kind.counts[: first + 1]), *kind.counts[first + 1 : last], sum(kind.counts[last:])]) for kind in held]
     some = [kind for kind in held if kind.read < kind.matrices]
     sampled = f" Of a kind, {max(kind.read for kind in held)} of {max(kind.matrices for kind in held)} matrices were read." if some else ""
-    caption = f"Columns count weights, each row to its own height; the scale is logarithmic, and its end columns hold what lies beyond (a thousandth at most).{sampled} Percentiles are those of the columns' middles."
-    return histograms(series, low, high, "size of the weights that are not zero", caption, lambda octave: f"{2**octave:.2g}")
+    caption = f"Columns count weights, each row to its own height; the scale is logarithmic, and its end columns hold what lies beyond (a thousandth at most).{sampled}"
+    return histograms(series, low, high, "size of the weights that are not zero", caption, lambda octave: f"{2**octave:.2g}", _decades(low, high))
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Powers of ten between two octaves, as octaves, at most `DECADES` of them; none where there is one or none.
+
+    >>> [round(2**octave, 6) for octave in _decades(-10, 0)]
+    [0.001, 0.01, 0.1, 1.0]
+    """
+    powers = range(math.ceil(low / math.log2(10)), math.floor(high / math.log2(10)) + 1)
+    return [power * math.log2(10) for power in powers[:: -(-len(powers) // DECADES)]] if len(powers) > 1 else []
 
 
 def _ends(kind: Magnitudes) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rarefy.probes.html import Section, megabytes, number, paragraph, table
-from rarefy.probes.pages.layers import Column, Site, along, by_block, sizes, spread
+from rarefy.probes.pages.layers import Column, Site, along, by_block, mean, sizes, spread
 from rarefy.probes.pages.page import Facts, Page
 
 
@@ -16,6 +16,7 @@ def page(record: Mapping[str, Any], facts: Facts) -> Page:
     inputs = {m["name"]: m for m in gating["ledger"]["matrices"]} if gating else {}
     sites = [{**s, "dense_kb": s["bytes_dense"] / 1e3, "stored_kb": s["bytes"] / 1e3, "ledger": inputs.get(s["name"].removesuffix(".weight"))} for s in record["sites"]]
     lossy = any(s["error"] for s in sites)
+    kept = any(s["dense_because"] for s in sites)
     gated = [{**s, "inputs": s["ledger"]["density"]} for s in sites if s["ledger"]]
     edits = [(", ".join(e["rows"]), str(e["from"]), str(e["to"])) for e in record["edits"]]
     sections = [
@@ -26,7 +27,7 @@ def page(record: Mapping[str, Any], facts: Facts) -> Page:
         Section("How densities are spread", spread(sites, (("density", "density of the weights"),), "density")),
         Section("How errors are spread", spread(sites, (("error", "rounding"),), "relative error of the stored weights") if lossy else ""),
         Section("Size of the weights stored", sizes(facts.sizes)),
-        Section("Every matrix", by_block("Layouts, bytes and errors", [*_columns(), *(GATED if inputs else ()), BECAUSE], sites)),
+        Section("Every matrix", by_block("Layouts, bytes and errors", [*_columns(), *(GATED if inputs else ()), *(BECAUSE if kept else ())], sites)),
         Section("Gates", table("Where activations are zeroed.", ("place", "gate", "density asked", "density, held-out"), _gates(record["gates"], gating))),
         Section("Narrower MLPs", table("Hidden units that were cut out.", ("matrices", "units before", "units after"), edits)),
     ]
@@ -84,12 +85,12 @@ def _columns() -> list[Column]:
         Column("density", lambda s: f"{s['density']:.4f}", _density),
         Column("dense", lambda s: megabytes(s["bytes_dense"]), lambda found: megabytes(sum(s["bytes_dense"] for s in found))),
         Column("stored", lambda s: megabytes(s["bytes"]), lambda found: megabytes(sum(s["bytes"] for s in found))),
-        Column("error", lambda s: f"{s['error']:.4f}", lambda found: f"mean {sum(s['error'] for s in found) / len(found):.4f}"),
+        Column("error", lambda s: f"{s['error']:.4f}", lambda found: mean([s["error"] for s in found])),
     ]
 
 
 GATED = (
-    Column("inputs that stay", lambda s: f"{s['ledger']['density']:.4f}" if s["ledger"] else "-", lambda found: ""),
+    Column("inputs that stay", lambda s: f"{s['ledger']['density']:.4f}" if s["ledger"] else "-", lambda found: mean([s["ledger"]["density"] for s in found if s["ledger"]])),
     Column("multiply-adds that stay", lambda s: _executed([s]), _executed),
 )
-BECAUSE = Column("stays dense because", lambda s: s["dense_because"] or "", lambda found: f"{sum(s['layout'] is None for s in found)} dense")
+BECAUSE = (Column("stays dense because", lambda s: s["dense_because"] or "", lambda found: f"{sum(s['layout'] is None for s in found)} dense"),)

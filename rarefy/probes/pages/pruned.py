@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rarefy.probes.figures.plane import Axis, Point, plane
-from rarefy.probes.html import Section, megabytes, paragraph, table
-from rarefy.probes.pages.layers import Column, Site, along, by_block, sizes, spread
+from rarefy.probes.html import Section, megabytes, paragraph, percent, table
+from rarefy.probes.pages.layers import Column, Site, along, by_block, mean, sizes, spread
 from rarefy.probes.pages.page import Facts, Page
 
 SETTINGS = ("recipe", "pattern", "allocation", "density_requested", "mode", "seed", "calibration", "threads", "versions")
@@ -58,7 +58,7 @@ def _search(found: Mapping[str, Any] | None) -> list[Section]:
         for i, t in enumerate(found["tried"], 1)
     ]
     rows = [
-        (f"{p.label}. {t['recipe']}, {t['allocation']}", f"{t['density']:.4g}", f"{t['loss']:.2%}", f"{t['interval'][0]:.2%} to {t['interval'][1]:.2%}", "yes" if t["ok"] else "no")
+        (f"{p.label}. {t['recipe']}, {t['allocation']}", f"{t['density']:.4g}", percent(t["loss"]), " to ".join(map(percent, t["interval"])), "yes" if t["ok"] else "no")
         for p, t in zip(points, found["tried"], strict=True)
     ]
     drawn = plane(points, found["max_loss"], Axis("density", more=False))
@@ -74,15 +74,11 @@ def _weights(site: Site) -> int:
     return math.prod(site["shape"])
 
 
-def _mean(key: str, sites: Sequence[Site]) -> str:
-    return f"mean {sum(s[key] for s in sites) / len(sites):.4f}"
-
-
 def _columns(what: str) -> list[Column]:
     return [
         Column("shape", lambda s: " × ".join(map(str, s["shape"])), lambda found: f"{sum(map(_weights, found)):,} weights"),
         Column("kept", lambda s: f"{s['kept']:,}", lambda found: f"{sum(s['kept'] for s in found):,}"),
         Column("density", lambda s: f"{s['density']:.4f}", lambda found: f"{sum(s['kept'] for s in found) / max(sum(map(_weights, found)), 1):.4f}"),
-        Column(f"{what}, mask only", lambda s: f"{s['error_mask_only']:.4f}", lambda found: _mean("error_mask_only", found)),
-        Column(what, lambda s: f"{s['error']:.4f}", lambda found: _mean("error", found)),
+        Column(f"{what}, mask only", lambda s: f"{s['error_mask_only']:.4f}", lambda found: mean([s["error_mask_only"] for s in found])),
+        Column(what, lambda s: f"{s['error']:.4f}", lambda found: mean([s["error"] for s in found])),
     ]
