@@ -49,10 +49,11 @@ UNITS = f"mlp.act_fn{OUTPUT}"
 
 
 HALVES = (torch.bfloat16, torch.float16)
+UNREAD = "bitmask"  # what a matrix is stored in again for decoding, where its own layout has no product in the decoder
 
 
 class Float32:
-    """The tensors and packed layers of a model as float32: as they lie where they are, copied once where they are bfloat16 or float16."""
+    """The tensors and packed layers of a model as float32: as they lie where they are, copied once where they are bfloat16, float16 or in a layout without a product."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[int, torch.Size], Tensor] = {}
@@ -69,8 +70,11 @@ class Float32:
 
     def packed(self, module: PackedLinear) -> Any:
         layout = LAYOUTS[module.layer.layout]
-        if not layout.lossless or DTYPES[module.layer.dtype] not in HALVES:  # a lossy layout computes in float32 whatever it stands for
+        extension = native()
+        known = extension is None or hasattr(extension.Decoder, module.matrix().kind)  # type: ignore[attr-defined]
+        if known and (not layout.lossless or DTYPES[module.layer.dtype] not in HALVES):  # a lossy layout computes in float32 whatever it stands for
             return module.matrix()
+        layout = layout if known else LAYOUTS[UNREAD]
         again = layout.pack(module.dense().float())
         self.bytes += again.numel()
         return layout.matrix(again, (module.out_features, module.in_features), torch.float32)
@@ -274,10 +278,4 @@ def _matrix(module: Any, where: str, weights: Float32) -> tuple[Any, Tensor | No
         return DenseMatrix(weight) if weight.is_contiguous() else ColumnsMatrix(weight.t()), bias
     if kind is not PackedLinear:
         raise BadInput(f"{where} is a {kind.__name__}", "the native decoder computes plain and packed linear layers", "run it through transformers")
-    found = weights.packed(module)
-    extension = native()
-    if extension is not None and not hasattr(extension.Decoder, found.kind):
-        raise BadInput(
-            f"{where} in layout {module.layer.layout}", "the native decoder does not read that layout", "run it through transformers, or pack it as bitmask, int8 or int4"
-        )
-    return found, bias
+    return weights.packed(module), bias
