@@ -131,10 +131,11 @@ class PlantedNet(nn.Module):
         sizes = [ticket[0][0].shape[1], *[width] * (len(ticket) - 1), ticket[-1][0].shape[0]]
         source = random_layers(sizes, generator)
         masks, scale = plant(ticket, source)
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
+        linears = [nn.Linear(i, o) for i, o in itertools.pairwise(sizes)]
+        self.layers = nn.ModuleList(linears)
         self.register_buffer("scale", scale.float())
         with torch.no_grad():
-            for depth, (layer, (weight, bias)) in enumerate(zip(self.layers, source, strict=True)):
+            for depth, (layer, (weight, bias)) in enumerate(zip(linears, source, strict=True)):
                 layer.weight.copy_(weight)
                 layer.bias.copy_(bias)
                 self.register_buffer(f"truth_{depth}_weight", masks[depth][0], persistent=False)
