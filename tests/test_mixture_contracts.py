@@ -104,7 +104,7 @@ def deaf(m: Slots, scores: Scores, context: Context) -> Slots:
         (Changed(deaf, SoftSlots()), "every_parameter_learns_from_the_task"),
         (InAutocast(), "it_mixes_in_float32_under_autocast"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_a_broken_part_is_caught(part: Mixture, function: str) -> None:
     assert function in {f.__name__ for f in contracts_of(type(part))}

@@ -102,6 +102,7 @@ ER_SOURCE = replace(
             "rows are scaled to the inputs that they kept, where the authors draw anew from the density",
             "dead paths are not repaired",
             "inside the source: iterative magnitude pruning here, and any other training recipe by --within; edge-popup is not among them",
+            "that a random half loses little did not show on digits: pruned to 5% in 600 steps, mean accuracies of two seeds are 0.324 from dense, 0.258 from a half, 0.233 from 8%, all too weak to tell",
         ),
     ),
 )

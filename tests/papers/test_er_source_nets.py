@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rarefy.core.errors import BadInput
-from rarefy.core.records import Phase, TrainRecipe, Units
+from rarefy.core.records import Phase, Units
 from rarefy.weights.allocations.balanced import Balanced
 from rarefy.weights.allocations.pyramidal import Pyramidal, falling_factor
 from rarefy.weights.rewind import IMP
@@ -63,7 +63,7 @@ def test_nothing_leaves_the_source() -> None:
     stays_inside(SourceNet.before)
 
 
-@check("er-source-nets", STAYS, kind="twin")
+# The twins are not marked, so that the row stays partial: see the last deviation of its record.
 def test_an_unbounded_regrowth_leaves_it() -> None:
     pytest.importorskip("sklearn")
     with pytest.raises(AssertionError, match="leaves the source"):
@@ -95,7 +95,6 @@ def test_ratios() -> None:
     ratios_hold(Pyramidal().counts, Balanced().counts)
 
 
-@check("er-source-nets", RATIOS, kind="twin")
 def test_clipped_ratios() -> None:
     with pytest.raises(AssertionError):
         ratios_hold(Pyramidal().counts, clipped)
@@ -115,18 +114,6 @@ def test_width_rule() -> None:
 def first_masks_of_row(density: float, seed: int) -> torch.Tensor:
     model = torch.nn.Linear(128, 64)
     return Sparsifier(model, (*SourceNet(density, Balanced()).before(0.0), Phase()), total=1, seed=seed).support.masks["weight"].flatten()
-
-
-def accuracy(recipe: TrainRecipe, within: SourceNet | None) -> float:
-    return sum(train(DIGITS, recipe, density=0.05, steps=600, seed=seed, within=within)["metric"]["accuracy"] for seed in range(2)) / 2
-
-
-@check("er-source-nets", "iterative pruning to 5% from a random half is as good as from dense, and from a random 8% worse", kind="method")
-def test_a_source_of_half_loses_little() -> None:
-    pytest.importorskip("sklearn")
-    dense, half, tenth = accuracy(IMP, None), accuracy(IMP, SourceNet(0.5)), accuracy(IMP, SourceNet(0.08))
-    assert half > dense - 0.01, (dense, half, tenth)
-    assert tenth < dense - 0.03, (dense, half, tenth)
 
 
 def test_a_user_reaches_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,7 @@ def test_exact_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     exact_holds(plant, monkeypatch)
 
 
-@check("plant-n-seek", EXACT, kind="twin")
+# The card's second check, pruning recipes in their order on a planted ticket, was not run: without a marked twin the row stays partial.
 def test_without_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError):
         exact_holds(without_scale, monkeypatch)
