@@ -1,6 +1,7 @@
 """Random source networks: nothing leaves the first support, layer ratios solve their budgets, and a dense enough source loses nothing.
 
-Measured here: digits, iterative magnitude pruning to 5%, see `test_a_source_of_half_loses_little`.
+Measured here: digits, iterative magnitude pruning to 5% in 1,600 steps, seeds 0 and 1: from dense .893/.858, inside a random
+half .882/.869, inside a random 8% .629/.638. At 10% in 1,200 steps a half loses more than a point: .918/.911, .898/.887.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def first_masks_of_row(density: float, seed: int) -> torch.Tensor:
 
 
 def accuracy(recipe: TrainRecipe, within: SourceNet | None) -> float:
-    return sum(train(DIGITS, recipe, density=0.05, steps=600, seed=seed, within=within)["metric"]["accuracy"] for seed in range(2)) / 2
+    return sum(train(DIGITS, recipe, density=0.05, steps=1600, seed=seed, within=within)["metric"]["accuracy"] for seed in range(2)) / 2
 
 
 @check("er-source-nets", "iterative pruning to 5% from a random half is as good as from dense, and from a random 8% worse", kind="method")
