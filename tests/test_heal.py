@@ -554,7 +554,7 @@ def test_a_damaged_record_of_prune_is_refused_before_the_work(
 ) -> None:
     half = shutil.copytree(folder / "half", tmp_path / "half")
     (half / "prune.json").write_text(broken, encoding="latin-1")
-    monkeypatch.setattr("rarefy.cli.heal.heal_model", lambda *_, **__: pytest.fail("the work was begun"))
+    monkeypatch.setattr("rarefy.surgery.courses.EndToEnd.run", lambda *_, **__: pytest.fail("the work was begun"))
     from rarefy.cli.main import main
 
     assert main(["heal", str(half), "--out", str(tmp_path / "out"), "--train-text", str(folder / "train.txt"), "--text", str(folder / "held.txt"), "--tokens", "512"]) == 3

@@ -411,7 +411,10 @@ def test_a_part_that_states_neither_bound_nor_value_is_told(monkeypatch: pytest.
         contracts.check(Capacity)
 
 
-@pytest.mark.parametrize("name", methods(Choice))
+UNEVEN = pytest.mark.xfail(strict=True, reason="experts of several widths run one after the other, over row counts that no graph can hold")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[UNEVEN] if name == "by-size" else []) for name in methods(Choice)])
 def test_every_router_is_one_graph_when_compiled(name: str) -> None:
     choice = methods(Choice)[name]()
     torch.manual_seed(0)

@@ -234,7 +234,7 @@ def test_every_verb_that_reads_a_model_takes_a_device() -> None:
 
     assert rarefy.cli.verbs
     signatures = [inspect.signature(c.callback).parameters for c in app.registered_commands if c.callback]
-    loading = [p for p in signatures if "model" in p]
+    loading = [p for p in signatures if "model" in p and str(p["model"].annotation) == "Model"]
     assert len(loading) >= 5 and all("device" in p for p in loading)
 
 

@@ -78,7 +78,6 @@ def test_by_hand() -> None:
     hand_holds(lambda gamma: SRigL(gamma).rewire)
 
 
-@check("srigl", HAND, kind="twin")
 def test_a_masked_gradient() -> None:
     with pytest.raises(AssertionError):
         hand_holds(masked_gradient)
@@ -127,7 +126,6 @@ def test_one_fan_in() -> None:
     fan_in_holds(SRIGL)
 
 
-@check("srigl", FAN_IN, kind="twin")
 @pytest.mark.parametrize("recipe", [RIGL, replace(SRIGL, phases=_kept_fan_in)], ids=["rigl", "fan-in kept"])
 def test_without_a_new_fan_in(recipe: TrainRecipe) -> None:
     pytest.importorskip("sklearn")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from rarefy.core.errors import BadFile
 from rarefy.kernels.compact import reference
@@ -38,8 +39,10 @@ class CompactMatrix:
         some = self.inner.weight.numel() > 0
         if self.row is None and some:
             return self.inner.linear(taken, bias)
+        if not some:  # zeros that still belong to x's graph
+            return F.linear(taken[..., :0], x.new_zeros(self.rows, 0), bias)
         y = x.new_zeros(*x.shape[:-1], self.rows)
-        if self.row is not None and some:
+        if self.row is not None:
             y = y.index_copy(-1, self.row, self.inner.linear(taken))
         return y if bias is None else y + bias
 

@@ -23,7 +23,7 @@ def racer(spec: str) -> Racer:
 
     >>> racer("demo@abacus")
     Traceback (most recent call last):
-    rarefy.core.errors.BadInput: engine 'abacus' is not known: it is one of compiled, llama.cpp, native, torch-int4, torch-int4-compiled, transformers.
+    rarefy.core.errors.BadInput: engine 'abacus': known are native, transformers, compiled, torch-int4, torch-int4-compiled, llama.cpp.
 
     Raises:
         BadInput: an unknown engine, a head for an engine that keeps the model's own, or a model that the engine does not run.
