@@ -66,7 +66,7 @@ def test_continuous() -> None:
     continuous(ReLURouting())
 
 
-@check(SLUG, CONTINUOUS, kind="twin")
+# The paper was not at hand and the rule of the strength is unverified: the twins are not marked, so that the row stays partial.
 def test_continuous_twin() -> None:
     with pytest.raises(AssertionError, match="jumps"):
         continuous(TopK(1, renormalise=False))
@@ -105,7 +105,6 @@ def test_penalty() -> None:
     penalty_holds(SteeredSparsity(2.0))
 
 
-@check(SLUG, PENALTY, kind="twin")
 def test_penalty_twin() -> None:
     with pytest.raises(AssertionError):
         penalty_holds(Plain(2.0))
@@ -158,7 +157,6 @@ def test_reaches() -> None:
     reaches(SteeredSparsity(2.0))
 
 
-@check(SLUG, REACHES, kind="twin")
 def test_reaches_twin() -> None:
     with pytest.raises(AssertionError):
         reaches(Unsteered(2.0), 150)
@@ -177,7 +175,6 @@ def test_spreads() -> None:
     spreads(SteeredSparsity(2.0))
 
 
-@check(SLUG, SPREADS, kind="twin")
 def test_spreads_twin() -> None:
     with pytest.raises(AssertionError):
         spreads(Plain(2.0))
@@ -224,7 +221,6 @@ def test_resumes() -> None:
     resumes(SteeredSparsity(1.0), Control.state_dict)
 
 
-@check(SLUG, RESUMES, kind="twin")
 def test_resumes_twin() -> None:
     with pytest.raises(AssertionError):
         resumes(SteeredSparsity(1.0), without_the_state)
