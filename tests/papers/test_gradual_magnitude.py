@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def test_the_schedule_without_clamp_fails() -> None:
 
 
 def sparsified(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], torch.Tensor]:
-    sp = Sparsifier(model, Phase(density=Cubic(FINAL, BEGIN, EVERY, UPDATES), criterion=Magnitude(), enforce=False))
+    (phase,) = GRADUAL_MAGNITUDE.phases(FINAL, END)
+    sp = Sparsifier(model, replace(phase, density=Cubic(FINAL, BEGIN, EVERY, UPDATES)))
     sp.attach(optimizer)
     return lambda: sp.support.masks["weight"]
 

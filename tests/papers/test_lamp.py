@@ -12,7 +12,7 @@ from torch import Tensor
 from rarefy.core.exact import topk_mask
 from rarefy.core.records import Units
 from rarefy.weights.allocations.global_scores import GLOBAL_MP
-from rarefy.weights.allocations.lamp import LAMP, Lamp, lamp_scores
+from rarefy.weights.allocations.lamp import LAMP, lamp_scores
 from tests.evidence import check
 from tests.papers.digits import mlp, select, train
 
@@ -55,11 +55,11 @@ def test_identity_twin() -> None:
 def test_selection(budget: int) -> None:
     layers = {name: w.abs() for name, w in _layers().items()}
     units = [Units(name, tuple(w.shape), ()) for name, w in layers.items()]
-    counts = Lamp().counts(units, budget, scores=layers)
+    counts = LAMP.allocation.counts(units, budget, scores=layers)
     by_count = torch.cat([topk_mask(w, counts[name]).flatten() for name, w in layers.items()])
     by_score = topk_mask(torch.cat([lamp_scores(w).flatten() for w in layers.values()]), budget)
     assert torch.equal(by_count, by_score)
-    assert counts == Lamp().counts(units, budget, scores={**layers, "a": 1000 * layers["a"]})
+    assert counts == LAMP.allocation.counts(units, budget, scores={**layers, "a": 1000 * layers["a"]})
     assert budget < 3 or min(counts.values()) >= 1
 
 

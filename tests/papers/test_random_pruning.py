@@ -11,14 +11,21 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
+import torch
+from torch import Tensor
 
-from rarefy.core.records import Units
+from rarefy.core.records import Recipe, Units
+from rarefy.core.roles import Criterion
 from rarefy.weights.allocations.erdos_renyi import ERK
 from rarefy.weights.allocations.uniform import Uniform
+from rarefy.weights.criteria.magnitude import Magnitude
 from rarefy.weights.criteria.random import RANDOM_PRUNING
+from rarefy.weights.solvers.keep import Keep
 from tests.evidence import check
-from tests.papers.digits import mlp, select, train
+from tests.papers.digits import mlp, select, train, weights
 
+SEED = 1  # of the masks; the models are drawn from 0, and numbers from one stream would let the weights decide
+CHANCE = "chance alone decides which weights stay, their number exact"
 Counts = Callable[[Sequence[Units], int], dict[str, int]]
 
 # Sums of dimensions 10, 30, 60 over 24, 200, 800 weights. A budget of 512 wants eps = 5.12: 51.2 of a's 24, so a is
@@ -48,17 +55,52 @@ def test_ratios_twin() -> None:
         ratios_hold(without_the_dense_loop)
 
 
+def chance_decides(recipe: Recipe) -> None:
+    """The same draw whatever the weights are, another draw from another seed, and half of what stays among the larger half of a layer."""
+    model, other = mlp(64, 128, 128, 10), mlp(64, 128, 128, 10, seed=1)
+    drawn, again, anew = select(model, recipe, 0.2, seed=2), select(other, recipe, 0.2, seed=2), select(model, recipe, 0.2, seed=3)
+    assert sum(int(mask.sum()) for mask in drawn.values()) == round(0.2 * sum(mask.numel() for mask in drawn.values()))
+    assert all(torch.equal(drawn[name], again[name]) for name in drawn), "it looks at the weights"
+    for name, weight in weights(model).items():
+        larger = weight.abs() > weight.abs().median()
+        assert not torch.equal(drawn[name], anew[name])
+        for mask in (drawn[name], anew[name]):
+            assert abs(float((mask & larger).sum() / mask.sum()) - 0.5) < 0.06
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryFifth(Criterion):
+    """Spread evenly, and never drawn."""
+
+    name = "every-fifth"
+
+    def scores(self, weight: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        return (torch.arange(weight.numel()) * 0.2 % 1).view(weight.shape)
+
+
+@check("random-pruning", CHANCE, kind="method")
+def test_chance() -> None:
+    chance_decides(RANDOM_PRUNING)
+
+
+@check("random-pruning", CHANCE, kind="twin")
+@pytest.mark.parametrize("twin", [Magnitude(), EveryFifth()], ids=["magnitude", "never drawn"])
+def test_chance_twin(twin: Criterion) -> None:
+    with pytest.raises(AssertionError):
+        chance_decides(dataclasses.replace(RANDOM_PRUNING, solver=Keep(twin)))
+
+
 @check("random-pruning", "the gap to dense shrinks with width", kind="method")
 def test_the_gap_shrinks_with_width() -> None:
     gaps = []
     for width in (32, 64, 128):
         dense, sparse = mlp(64, width, width, 10), mlp(64, width, width, 10)
-        gaps.append(train(dense, {}) - train(sparse, select(sparse, RANDOM_PRUNING, 0.1)))
+        gaps.append(train(dense, {}) - train(sparse, select(sparse, RANDOM_PRUNING, 0.1, seed=SEED)))
     assert all(wide < narrow for narrow, wide in pairwise(gaps)), gaps
 
 
 @check("random-pruning", "ERK beats uniform at 95%", kind="method")
 def test_erk_beats_uniform() -> None:
     uniform = dataclasses.replace(RANDOM_PRUNING, allocation=Uniform())
-    erk, flat = (train(model, select(model, recipe, 0.05)) for recipe in (RANDOM_PRUNING, uniform) for model in [mlp(64, 64, 64, 10)])
+    erk, flat = (train(model, select(model, recipe, 0.05, seed=SEED)) for recipe in (RANDOM_PRUNING, uniform) for model in [mlp(64, 64, 64, 10)])
     assert erk > flat, (erk, flat)
