@@ -44,7 +44,7 @@ def _embedding(target: Any, adapter_name: str, **kwargs: Any) -> Any:
 def _adapted() -> type[Any]:
     from peft.tuners.lora.layer import Linear
 
-    class PackedLora(Linear):  # type: ignore[misc]
+    class PackedLora(Linear):
         """peft's LoRA around a packed layer, which it calls and whose bytes it does not read."""
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -188,7 +188,7 @@ def _computes(layout: Layout, given: Case, number: int) -> str:
         ids = torch.randint(given.shape[0], (3,), generator=generator)
         if not _same(matrix.take(ids), reference[ids]):
             return "single rows are not those of the matrix"
-    if native() is not None and given.dtype == torch.float32 and getattr(matrix, "fast", False) and hasattr(native().Decoder, matrix.kind):  # type: ignore[union-attr]
+    if native() is not None and given.dtype == torch.float32 and getattr(matrix, "fast", False) and hasattr(native().Decoder, getattr(matrix, "kind", "")):  # type: ignore[union-attr]
         return _decodes(matrix, generator)
     return ""
 

@@ -35,12 +35,9 @@ class CompactMatrix:
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``y = x W^T + b``: x [..., I] -> y [..., O]; a removed column of x is not read, a removed row is its bias."""
         taken = x if self.column is None else x.index_select(-1, self.column)
-        some = self.inner.weight.numel() > 0
-        if self.row is None and some:
+        if self.row is None:
             return self.inner.linear(taken, bias)
-        y = x.new_zeros(*x.shape[:-1], self.rows)
-        if self.row is not None and some:
-            y = y.index_copy(-1, self.row, self.inner.linear(taken))
+        y = x.new_zeros(*x.shape[:-1], self.rows).index_copy(-1, self.row, self.inner.linear(taken))
         return y if bias is None else y + bias
 
     kind = "compact"
