@@ -46,7 +46,7 @@ replicate: install
 
 # A build of the kernels with the address and undefined-behaviour sanitizers, and a Python that runs under them.
 SANITIZERS = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
-  RAREFY_REQUIRE_NATIVE=1 $(BIN)/python .ci/against.py build/sanitized
+  OMP_NUM_THREADS=1 RAREFY_REQUIRE_NATIVE=1 $(BIN)/python .ci/against.py build/sanitized
 
 sanitized: install
 	rm -rf build/sanitized && $(PIP) wheel -q . --no-deps -w build/sanitized -C cmake.define.RAREFY_SANITIZE=ON -C build-dir=build/sanitize
