@@ -77,6 +77,10 @@ class _Blocks(Layout):
         row = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts.long())
         if bool((index >= _wide(shape, size)).any()) or bool(((index[1:] <= index[:-1]) & (row[1:] == row[:-1])).any()):
             raise _broken(name, "the indices of a row do not ascend, or one is past the last column")
+        values = aligned(split(packed, self._sections(shape, size, stored, dtype))[3], dtype).view(-1, size[1], size[0])
+        below, beyond = values[row == counts.numel() - 1][:, :, shape[0] - (counts.numel() - 1) * size[0] :], values[index == _wide(shape, size) - 1]
+        if bool((below != 0).any()) or bool((beyond[:, shape[1] - (_wide(shape, size) - 1) * size[1] :] != 0).any()):
+            raise _broken(name, "a block holds a value past the last row or column")
 
     def matrix(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> BlockMatrix:
         size = self._size_of(packed)

@@ -19,7 +19,7 @@ from rarefy.core.records import Gating, Recipe
 from rarefy.core.search import trial
 from rarefy.hub.packed import matrix, packed_kind
 from rarefy.layouts import LAYOUTS
-from rarefy.weights.prune import prune
+from rarefy.weights.prune import describe, prune
 from rarefy.weights.sites import find_sites
 
 HELDOUT = 4  # of so many calibration windows one is kept back, to measure a gating on
@@ -42,7 +42,7 @@ class Form:
     gating: Gating | None = None
 
     def __str__(self) -> str:
-        pruned = None if self.pruning is None else f"{self.pruning[0].name} at {self.pruning[1]:.3g}"
+        pruned = None if self.pruning is None else f"{self.pruning[0].name} ({describe(self.pruning[0].allocation)}) at {self.pruning[1]:.3g}"
         gated = None if self.gating is None else f"{self.gating.name} at {self.gating.density:.3g}"
         return ", ".join(part for part in (pruned, self.bits, self.embeddings and f"embeddings {self.embeddings}", gated) if part) or "dense"
 

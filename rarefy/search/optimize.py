@@ -32,7 +32,7 @@ from rarefy.hub.packed import save_packed
 from rarefy.probes.decoding import cut, rounds_of
 from rarefy.probes.perplexity import token_nll
 from rarefy.probes.racers.hosted import Hosted, hosted
-from rarefy.probes.timers import busy
+from rarefy.probes.timers import busy, ratio
 from rarefy.runtime.choose import Chooser
 from rarefy.search.forms import Form, Workshop
 from rarefy.search.targets import Target
@@ -225,7 +225,7 @@ def _measured(forms: Sequence[Form], folders: Sequence[Path], data: Data, max_lo
 
 def _row(form: Form, folder: Path, racer: Hosted, loss: Any, max_loss: float, seconds: dict[Form, list[float]]) -> dict[str, Any]:
     took = statistics.median(seconds[form])
-    over_base, over_dense = ([b / a for a, b in zip(seconds[form], seconds[peer], strict=True)] for peer in (form.base, Form()))
+    over_base, over_dense = (ratio(seconds[peer], seconds[form]) for peer in (form.base, Form()))
     return {
         "form": str(form),
         "engine": racer.engine,
@@ -239,8 +239,6 @@ def _row(form: Form, folder: Path, racer: Hosted, loss: Any, max_loss: float, se
         "ms_per_token": 1e3 * took,
         "tokens_per_s": 1 / took,
         "base": str(form.base),
-        "over_base": statistics.median(over_base),
-        "over_base_min": min(over_base),
-        "over_base_max": max(over_base),
-        "over_dense": statistics.median(over_dense),
+        **{key.replace("ratio", "over_base"): value for key, value in over_base.items()},
+        "over_dense": over_dense["ratio"],
     }

@@ -211,7 +211,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, lossless: bool) -> bool:
-    """Whether y is x W^T + b where every term is a number that sums can hold; elsewhere only that it is there."""
+    """Whether y is x W^T + b, W in the dtype of y, where every term is a number that sums can hold; elsewhere only that it is there."""
+    weight = weight.to(y.dtype)
     terms = F.linear(x.double().abs(), weight.double().abs(), bias.double().abs())
     exact = F.linear(x.double(), weight.double(), bias.double())
     held = (terms < MOST) & (lossless | (x.double().abs().amax(1, keepdim=True) < WIDEST))

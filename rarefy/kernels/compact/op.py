@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from rarefy.core.errors import BadFile
 from rarefy.kernels.compact import reference
@@ -36,14 +35,9 @@ class CompactMatrix:
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``y = x W^T + b``: x [..., I] -> y [..., O]; a removed column of x is not read, a removed row is its bias."""
         taken = x if self.column is None else x.index_select(-1, self.column)
-        some = self.inner.weight.numel() > 0
-        if self.row is None and some:
+        if self.row is None:
             return self.inner.linear(taken, bias)
-        if not some:  # zeros that still belong to x's graph
-            return F.linear(taken[..., :0], x.new_zeros(self.rows, 0), bias)
-        y = x.new_zeros(*x.shape[:-1], self.rows)
-        if self.row is not None:
-            y = y.index_copy(-1, self.row, self.inner.linear(taken))
+        y = x.new_zeros(*x.shape[:-1], self.rows).index_copy(-1, self.row, self.inner.linear(taken))
         return y if bias is None else y + bias
 
     kind = "compact"

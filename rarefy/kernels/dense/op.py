@@ -21,7 +21,7 @@ class DenseMatrix:
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight.detach()
         self.rows, self.columns = weight.shape
-        self.fast = suits(self.weight)
+        self.fast = suits(self.weight) and self.weight.numel() > 0
 
     def dense(self) -> Tensor:
         """The matrix itself."""
@@ -33,7 +33,7 @@ class DenseMatrix:
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``y = x W^T + b``: x [..., I] -> y [..., O]."""
-        batch = x.numel() // self.columns
+        batch = x.numel() // max(1, self.columns)
         if not (self.fast and batch <= FEW and suits(x, bias)):
             return F.linear(x, self.weight.to(x.dtype), bias)
         y = torch.empty(*x.shape[:-1], self.rows)
