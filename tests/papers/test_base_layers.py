@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -16,6 +17,7 @@ from rarefy.experts.banks.residual import ResidualStack
 from rarefy.experts.dispatch import dispatch, fused, gather, loop
 from rarefy.experts.moe import MoE
 from rarefy.experts.routers.balanced_assignment import BalancedAssignment, centres
+from rarefy.experts.routers.linear import Linear
 from rarefy.experts.routers.solvers.balanced import balanced
 from tests.evidence import check
 
@@ -87,7 +89,7 @@ def test_choice_twins(twin: type[BalancedAssignment]) -> None:
 def layer_holds(bank: ResidualStack, residual: bool = True) -> None:
     """With the host's residual: the identity at first, afterwards alpha f(x) + (1 - alpha) x, by every back end."""
     torch.manual_seed(0)
-    moe, x = MoE(centres(6, 4), BalancedAssignment(), bank), torch.randn(24, 6)
+    moe, x = MoE(BalancedAssignment.affinity(6, 4), BalancedAssignment(), bank), torch.randn(24, 6)
     assert torch.equal(x + moe(x) if residual else moe(x), x)
     with torch.no_grad():
         for p in bank.parameters():
@@ -107,13 +109,34 @@ def layer_holds(bank: ResidualStack, residual: bool = True) -> None:
 
 @check("base-layers", "the layer is the identity at first and interpolates between the row and a residual stack", kind="method")
 def test_layer() -> None:
-    layer_holds(ResidualStack(4, 6, 5, depth=2))
+    layer_holds(BalancedAssignment.bank(4, 6, 5, depth=2))
 
 
 @check("base-layers", "the layer is the identity at first and interpolates between the row and a residual stack", kind="twin")
 def test_layer_twin_that_replaces_the_ffn() -> None:
     with pytest.raises(AssertionError):
         layer_holds(ResidualStack(4, 6, 5, depth=2), residual=False)
+
+
+START = "the experts' centres start orthogonal, a tenth long, so that every weight is near a half"
+
+
+def start_holds(affinity: Callable[[int, int], Linear]) -> None:
+    torch.manual_seed(0)
+    matrix = affinity(6, 4).weight.detach()
+    torch.testing.assert_close(matrix @ matrix.T, 0.01 * torch.eye(4), atol=1e-6, rtol=0)
+
+
+@check("base-layers", START, kind="method")
+def test_start() -> None:
+    start_holds(BalancedAssignment.affinity)
+
+
+@check("base-layers", START, kind="twin")
+@pytest.mark.parametrize("twin", [Linear, lambda width, experts: centres(width, experts, gain=1.0)], ids=["drawn", "of unit length"])
+def test_start_twin(twin: Callable[[int, int], Linear]) -> None:
+    with pytest.raises(AssertionError):
+        start_holds(twin)
 
 
 @check("base-layers", "the assignment is scipy's linear_sum_assignment over repeated columns", kind="oracle")

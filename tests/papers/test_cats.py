@@ -38,6 +38,7 @@ def holds(gating: Gating) -> None:
     open_, dense, model, x = chain(), chain(), chain(), HELD[0]
     apply_gating(open_, replace(gating, density=1.0), SEEN, HELD)
     assert torch.equal(open_(x), dense(x)), "density 1 is the dense model"
+    assert all(abs(g["density"] - 0.2) < 0.02 for g in apply_gating(chain(), replace(gating, density=0.2), SEEN, HELD)["gates"])
     record = apply_gating(model, replace(gating, density=0.5), SEEN, HELD)
     assert all(abs(g["density"] - 0.5) < 0.02 for g in record["gates"]) and len(record["gates"]) == 2
     mlp = model.blocks[0].mlp

@@ -38,6 +38,10 @@ def holds(gating: Gating) -> None:
     channel.calibrate(rows, partner=torch.ones(50, 8))
     plain.calibrate(rows)
     assert torch.equal(channel(rows), plain(rows)), "with equal expected squares it is one threshold"
+    rare = 1.0 * (torch.arange(50)[:, None] % torch.tensor([1, 2, 5, 10, 25, 50, 1, 2]) == 0)  # expected squares of 1 down to 1/50, and unlike roots of them the means
+    channel.calibrate(rows, partner=rare)
+    scaled = channel.threshold * rare.square().mean(0).sqrt()
+    torch.testing.assert_close(scaled, scaled[:1].expand(8), msg="thresholds go as one over the root of the expected square")
 
 
 class Means(ChannelThreshold):
@@ -45,6 +49,13 @@ class Means(ChannelThreshold):
 
     def calibrate(self, rows: Tensor, *, partner: Tensor | None = None) -> None:
         super().calibrate(rows, partner=None if partner is None else partner.mean(0).abs().expand_as(rows))
+
+
+class Magnitudes(ChannelThreshold):
+    """E[|u|] in place of the root of E[u^2]."""
+
+    def calibrate(self, rows: Tensor, *, partner: Tensor | None = None) -> None:
+        super().calibrate(rows, partner=None if partner is None else partner.abs().mean(0).expand_as(rows))
 
 
 class Alone(ChannelThreshold):
@@ -64,7 +75,9 @@ def test_chess() -> None:
 
 @check("chess", NAME, kind="twin")
 @pytest.mark.parametrize(
-    "parts", [((UNITS[0], Alone), ENDS), ((UNITS[0], Means), ENDS), (UNITS, (BlockInputs(), Threshold))], ids=["one threshold", "means", "everything in attention"]
+    "parts",
+    [((UNITS[0], Alone), ENDS), ((UNITS[0], Means), ENDS), ((UNITS[0], Magnitudes), ENDS), (UNITS, (BlockInputs(), Threshold))],
+    ids=["one threshold", "means", "mean magnitudes", "everything in attention"],
 )
 def test_with_one_threshold_or_everywhere_it_fails(parts: tuple[tuple[object, type], ...]) -> None:
     with pytest.raises(AssertionError):

@@ -180,7 +180,8 @@ BALANCE = "both balance losses are alpha when even, and the paper's sums"
 
 @check(SLUG, BALANCE, kind="method")
 def test_balance() -> None:
-    balance_holds(LoadBalance(0.01), GroupedLoad(0.05, 2))
+    (declared,) = FineGrained().balances
+    balance_holds(declared, GroupedLoad(0.05, 2))
 
 
 @check(SLUG, BALANCE, kind="twin")

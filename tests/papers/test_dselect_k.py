@@ -58,6 +58,48 @@ def test_step_twin_with_corners() -> None:
         step_holds(straight)
 
 
+def starts_even(gate: Callable[..., nn.Module]) -> None:
+    """Every expert has nearly 1/E at first: one without a weight would get no gradient."""
+    torch.manual_seed(0)
+    q = gate(5, 8)(torch.randn(50, 5), Context(), None).logits
+    assert (q - 1 / 8).abs().max() < 0.05
+    assert q.std(1).min() > 0, "nothing tells the experts apart"
+
+
+class Settled(Selectors):
+    """The bits start where the step is flat."""
+
+    def __init__(self, *sizes: int, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        with torch.no_grad():
+            self.z.weight.mul_(100)
+
+
+class AllAlike(Selectors):
+    """Every bit starts at a half exactly."""
+
+    def __init__(self, *sizes: int, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        for parameter in self.z.parameters():
+            nn.init.zeros_(parameter)
+
+
+START = "every expert starts with nearly an equal share, and no two alike"
+
+
+@check(SLUG, START, kind="method")
+@pytest.mark.parametrize("gate", [Selectors, StaticSelectors])
+def test_start(gate: Callable[..., nn.Module]) -> None:
+    starts_even(gate)
+
+
+@check(SLUG, START, kind="twin")
+@pytest.mark.parametrize("twin", [Settled, AllAlike])
+def test_start_twin(twin: type[Selectors]) -> None:
+    with pytest.raises(AssertionError):
+        starts_even(twin)
+
+
 def sums_hold(gate: type[Selectors]) -> None:
     """q adds up to 1 for 8 experts and to less for 6, where the penalty's gradient raises it; padding counts in neither loss; outside training there are none."""
     torch.manual_seed(0)

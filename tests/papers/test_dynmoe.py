@@ -14,6 +14,7 @@ from rarefy.core.control import Control
 from rarefy.core.discover import train_recipes
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Routing, Scores
+from rarefy.experts.balance.switch_balance import valid_rows
 from rarefy.experts.banks.glu import GLU
 from rarefy.experts.moe import MoE
 from rarefy.experts.routers.top_any import ExpertTurnover, Thresholds, TopAny, turn_over
@@ -178,6 +179,55 @@ def test_turnover() -> None:
 def test_turnover_twins(twin: Turn) -> None:
     with pytest.raises(AssertionError):
         turnover_holds(twin)
+
+
+def records_hold(controller: ExpertTurnover) -> None:
+    """Over two recorded steps: the rows of every expert, and the sum of the rows that none served, padding left out."""
+    torch.manual_seed(0)
+    moe = MoE(drawn(Thresholds), TopAny(), GLU(4, 6, 3))
+    optimizer = torch.optim.SGD(moe.parameters(), lr=0.0)
+    control, served, missed = Control(moe, optimizer, (controller,)), torch.zeros(4, dtype=torch.long), torch.zeros(6)
+    for seed in range(2):
+        x, valid = rows(60, seed=seed), torch.arange(60) < 50
+        routing = moe.choice(moe.affinity(x, TRAINING, None), Context(training=True, valid=valid))
+        alone = (per_row(routing) == 0) & valid
+        assert 0 < int(alone.sum()) < 50
+        served, missed = served + routing.counts(), missed + x[alone].sum(0)
+        control.loss(moe(x, Context(valid=valid)).sum()).backward()
+        optimizer.step()
+    state = control.states[0]
+    assert state["served"] == {"": served.tolist()}
+    torch.testing.assert_close(torch.tensor(state["missed"][""]), missed)
+
+
+class AddsEveryRow(ExpertTurnover):
+    """The sum of all rows, whoever served them."""
+
+    def _unserved(self, entry: Any) -> Tensor:
+        assert entry.x is not None
+        return entry.x[valid_rows(entry)].sum(0)
+
+
+class LastStep(ExpertTurnover):
+    """Only the last recorded step."""
+
+    def after_step(self, state: dict[str, Any], *rest: Any) -> dict[str, Any]:
+        return super().after_step({**state, "served": {}, "missed": {}}, *rest)
+
+
+RECORDS = "recorded are the rows of every expert and the sum of the rows that none served"
+
+
+@check(SLUG, RECORDS, kind="method")
+def test_records() -> None:
+    records_hold(ExpertTurnover(3, 3))
+
+
+@check(SLUG, RECORDS, kind="twin")
+@pytest.mark.parametrize("twin", [AddsEveryRow, LastStep])
+def test_records_twins(twin: type[ExpertTurnover]) -> None:
+    with pytest.raises(AssertionError):
+        records_hold(twin(3, 3))
 
 
 class ForgetsWhoIsLive(Thresholds):
