@@ -206,16 +206,57 @@ def test_against_transformers(training: bool) -> None:
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
 
 
-def test_the_coin_falls_whole_by_its_chance_and_always_for_the_likeliest() -> None:
+def coin_falls(choice: type[Grin]) -> None:
+    """Samples follow p at the temperature; the likeliest weighs p, another p by the coin's chance, a quarter by default, and a third of it otherwise."""
     torch.manual_seed(0)
-    z = torch.tensor([0.1, 0.0]).repeat(8000, 1)
-    p = z[0].softmax(0)
-    for chance in (0.25, 0.625):
-        routing = Grin(1, epsilon=2.0, chance=chance)(Scores(z), TRAINING)
+    z = torch.tensor([0.3, 0.0]).repeat(8000, 1)
+    for made, chance, temperature in ((choice(1, epsilon=2.0), 0.25, 1.0), (choice(1, epsilon=2.0, chance=0.625, temperature=0.5), 0.625, 0.5)):
+        p = (z[0] / temperature).softmax(0)
+        routing = made(Scores(z), TRAINING)
         other = routing.expert == 1
+        assert float(other.float().mean()) == pytest.approx(float(p[1]), abs=0.02)
         assert bool(torch.isclose(routing.weight[~other], p[0]).all())
-        assert float(torch.isclose(routing.weight[other], p[1]).float().mean()) == pytest.approx(chance, abs=0.03)
-        assert bool((torch.isclose(routing.weight[other], p[1]) | torch.isclose(routing.weight[other], p[1] / 3)).all())
+        whole = torch.isclose(routing.weight[other], p[1])
+        assert float(whole.float().mean()) == pytest.approx(chance, abs=0.03)
+        assert bool((whole | torch.isclose(routing.weight[other], p[1] / 3)).all())
+
+
+class NoCoin(Grin):
+    """Every sample is taken whole."""
+
+    def __call__(self, scores: Scores, context: Context) -> Routing:
+        return Grin(self.k, self.epsilon, 1.0, self.gain, self.temperature)(scores, context)
+
+
+class WithoutTheShortcut(Grin):
+    """The likeliest too is weighed by the coin."""
+
+    def __call__(self, scores: Scores, context: Context) -> Routing:
+        routing = super().__call__(scores, context)
+        lost = (routing.expert == scores.logits.argmax(1)) & (torch.rand_like(routing.weight) > self.chance)
+        return replace(routing, weight=torch.where(lost, routing.weight / 3, routing.weight))
+
+
+class OneTemperature(Grin):
+    """The temperature is left out."""
+
+    def __call__(self, scores: Scores, context: Context) -> Routing:
+        return Grin(self.k, self.epsilon, self.chance, self.gain)(scores, context)
+
+
+COIN = "the likeliest is taken whole, another by the coin's chance, at the temperature"
+
+
+@check(SLUG, COIN, kind="method")
+def test_coin() -> None:
+    coin_falls(Grin)
+
+
+@check(SLUG, COIN, kind="twin")
+@pytest.mark.parametrize("twin", [NoCoin, WithoutTheShortcut, OneTemperature])
+def test_coin_twins(twin: type[Grin]) -> None:
+    with pytest.raises(AssertionError):
+        coin_falls(twin)
 
 
 def test_it_trains_by_name() -> None:

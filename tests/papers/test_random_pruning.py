@@ -56,7 +56,7 @@ def test_ratios_twin() -> None:
 
 
 def chance_decides(recipe: Recipe) -> None:
-    """The same draw whatever the weights are, another draw from another seed, and half of what stays among the larger half of a layer."""
+    """The same draw whatever the weights are, another draw from another seed, half of what stays among the larger half of a layer, each weight on its own."""
     model, other = mlp(64, 128, 128, 10), mlp(64, 128, 128, 10, seed=1)
     drawn, again, anew = select(model, recipe, 0.2, seed=2), select(other, recipe, 0.2, seed=2), select(model, recipe, 0.2, seed=3)
     assert sum(int(mask.sum()) for mask in drawn.values()) == round(0.2 * sum(mask.numel() for mask in drawn.values()))
@@ -66,6 +66,9 @@ def chance_decides(recipe: Recipe) -> None:
         assert not torch.equal(drawn[name], anew[name])
         for mask in (drawn[name], anew[name]):
             assert abs(float((mask & larger).sum() / mask.sum()) - 0.5) < 0.06
+            share = float(mask.float().mean())
+            for one, next_to_it in ((mask[:, 1:], mask[:, :-1]), (mask[1:], mask[:-1])):
+                assert abs(float((one & next_to_it).float().mean()) - share**2) < 0.05, "neighbours are not drawn apart"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +81,23 @@ class EveryFifth(Criterion):
         return (torch.arange(weight.numel()) * 0.2 % 1).view(weight.shape)
 
 
+@dataclasses.dataclass(frozen=True)
+class WholeRows(Criterion):
+    """A draw for each row."""
+
+    name = "whole-rows"
+
+    def scores(self, weight: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        return torch.rand(len(weight), 1, generator=generator).expand(weight.shape)
+
+
 @check("random-pruning", CHANCE, kind="method")
 def test_chance() -> None:
     chance_decides(RANDOM_PRUNING)
 
 
 @check("random-pruning", CHANCE, kind="twin")
-@pytest.mark.parametrize("twin", [Magnitude(), EveryFifth()], ids=["magnitude", "never drawn"])
+@pytest.mark.parametrize("twin", [Magnitude(), EveryFifth(), WholeRows()], ids=["magnitude", "never drawn", "whole rows"])
 def test_chance_twin(twin: Criterion) -> None:
     with pytest.raises(AssertionError):
         chance_decides(dataclasses.replace(RANDOM_PRUNING, solver=Keep(twin)))
