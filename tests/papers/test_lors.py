@@ -182,8 +182,39 @@ def test_start_twin() -> None:
         start_holds(from_chance)
 
 
-def test_the_factor_is_alpha_over_the_root_of_r_and_gamma_shrinks_the_start() -> None:
+def factor_holds(make: type[Lors]) -> None:
     weight, gradient = tensors()["w"].float(), torch.randn(O, I)
-    view = Lors(rank=4, alpha=8.0, gamma=2.0).view(weight, generator=torch.Generator(), gradient=gradient)
+    view = make(rank=4, alpha=8.0, gamma=2.0).view(weight, generator=torch.Generator(), gradient=gradient)
     assert view.scale == 4.0 and torch.allclose(view.b @ view.b.T, torch.eye(4) / 4, atol=1e-5)
-    assert Lors(rank=64).view(weight, generator=torch.Generator(), gradient=gradient).b.shape == (I, I)
+    assert make(rank=64).view(weight, generator=torch.Generator(), gradient=gradient).b.shape == (I, I)
+
+
+class OverTheRank(Lors):
+    """The twin: alpha / r, as in plain LoRA."""
+
+    def view(self, weight: Tensor, *, generator: torch.Generator, gradient: Tensor) -> LeanLowRank:
+        made = super().view(weight, generator=generator, gradient=gradient)
+        made.scale = self.alpha / len(made.b)
+        return made
+
+
+class Unshrunk(Lors):
+    """The twin: gamma is left out."""
+
+    def view(self, weight: Tensor, *, generator: torch.Generator, gradient: Tensor) -> LeanLowRank:
+        return Lors(rank=self.rank, alpha=self.alpha).view(weight, generator=generator, gradient=gradient)
+
+
+FACTOR = "the factor is alpha over the root of r, and gamma shrinks the start"
+
+
+@check("lors", FACTOR, kind="method")
+def test_factor() -> None:
+    factor_holds(Lors)
+
+
+@check("lors", FACTOR, kind="twin")
+@pytest.mark.parametrize("twin", [OverTheRank, Unshrunk])
+def test_factor_twin(twin: type[Lors]) -> None:
+    with pytest.raises(AssertionError):
+        factor_holds(twin)
