@@ -38,7 +38,7 @@ def separate(moe: MoE, k: int, x: Tensor) -> Tensor:
 def grouped(choice: type[Choice]) -> None:
     torch.manual_seed(0)
     x = torch.randn(40, 6)
-    moe = MoE(Linear(6, 12), choice(3), GLU(12, 6, 5), Capacity(1.25))
+    moe = MoE(Linear(6, 12), choice(3), GLU(12, 6, 5), choice(3).overflow)
     with Trace(moe) as trace:
         y = moe(x)
     routing = trace.entries[0].routing
