@@ -57,11 +57,13 @@ class Biasless(FFN):
 
 
 def one_hot_is_an_expert(bank: FFN) -> None:
-    """With all the weight on one expert it is that expert; two groups may have different ones."""
+    """With all the weight on one expert it is that expert, an adapter through silu; two groups may have different ones."""
     x, chosen = torch.randn(4, 7, 6), torch.tensor([2, 0, 3, 1])
     y = bank.merged(x, every(F.one_hot(chosen, 4).float()))
     for group, e in enumerate(chosen.tolist()):
         torch.testing.assert_close(y[group], bank.split()[e](x[group]), atol=1e-6, rtol=1e-6)
+        adapter = F.silu(x[group] @ bank.up_proj[e].T + bank.up_bias[e]) @ bank.down_proj[e].T + bank.down_bias[e]
+        torch.testing.assert_close(y[group], adapter, atol=1e-5, rtol=1e-5)
 
 
 ONE_HOT = "all weight on one expert is that expert, biases too"
@@ -69,13 +71,14 @@ ONE_HOT = "all weight on one expert is that expert, biases too"
 
 @check(SLUG, ONE_HOT, kind="method")
 def test_one_hot() -> None:
-    one_hot_is_an_expert(drawn(adapters(4, 6, 5)))
+    one_hot_is_an_expert(drawn(Smear.bank(4, 6, 5)))
 
 
 @check(SLUG, ONE_HOT, kind="twin")
-def test_one_hot_twin() -> None:
+@pytest.mark.parametrize("twin", [Biasless(4, 6, 5, act=F.silu), FFN(4, 6, 5)], ids=["biases not merged", "another activation"])
+def test_one_hot_twin(twin: FFN) -> None:
     with pytest.raises(AssertionError):
-        one_hot_is_an_expert(drawn(Biasless(4, 6, 5)))
+        one_hot_is_an_expert(drawn(twin))
 
 
 def alike_experts_hide_the_router(choice: Smear) -> None:
