@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rarefy.core.records import Context, Entry, Scores
+from rarefy.core.records import Context, Entry, Routing, Scores
 from rarefy.core.roles import Balance
 from rarefy.core.trace import Trace
 from rarefy.experts.balance.importance import Importance, cv_squared
@@ -16,6 +16,7 @@ from rarefy.experts.balance.smooth_load import SmoothLoad, chances
 from rarefy.experts.banks.glu import GLU
 from rarefy.experts.moe import MoE
 from rarefy.experts.routers.noisy_topk import NoisyLinear, NoisyTopK
+from rarefy.experts.routing import dense
 from tests.evidence import check
 from tests.papers.routed import load, trained
 
@@ -155,7 +156,7 @@ def balances_text(balances: Sequence[Balance]) -> None:
 
 @check(SLUG, "the losses keep a character model's load even, which drifts without them", kind="method")
 def test_text() -> None:
-    balances_text((Importance(0.1), SmoothLoad(0.1)))
+    balances_text(NoisyTopK.balances)
 
 
 @check(SLUG, "the losses keep a character model's load even, which drifts without them", kind="twin")
@@ -164,13 +165,43 @@ def test_text_twin_with_a_counted_load() -> None:
         balances_text((Counts(0.1),))
 
 
-def test_importance_is_the_paper_s_at_its_extremes() -> None:
-    moe = layer()
-    even = entry(moe, torch.randn(4, 6))
-    weights = torch.full((8,), 0.5)
-    for expert, want in (([0, 1, 2, 3, 0, 1, 2, 3], 0.0), ([0, 1, 0, 1, 0, 1, 0, 1], 1.0)):
-        routing = type(even.routing)(torch.tensor(expert), weights, 4, 4, 2)
-        assert Importance(1.0)(Entry("", 0, moe, routing, Context())).item() == pytest.approx(want)
+def importance_holds(balance: Balance) -> None:
+    """0 where all experts are given as much, 1 where half of them share it, E - 1 where one has it all, however many rows there are; it sees weights, not counts."""
+    for rows in (4, 40):
+        for chosen, want in (([0, 1, 2, 3], 0.0), ([0, 1, 0, 1], 1.0), ([2, 2, 2, 2], 3.0)):
+            routing = Routing(torch.tensor(chosen).repeat(rows // 2), torch.full((2 * rows,), 0.5), rows, 4, 2)
+            assert balance(Entry("", 0, None, routing, Context())).item() == pytest.approx(want)
+    weighed = Routing(torch.tensor([0, 1]), torch.tensor([0.75, 0.25]), 1, 2, 2)
+    assert balance(Entry("", 0, None, weighed, Context())).item() == pytest.approx(0.25)
+
+
+class Variance(Importance):
+    """Not over the squared mean: it grows with the rows."""
+
+    def __call__(self, entry: Entry) -> Tensor:
+        return dense(entry.routing).sum(0).var(correction=0)
+
+
+class OfCounts(Importance):
+    """Rows are counted, however little an expert's weight is."""
+
+    def __call__(self, entry: Entry) -> Tensor:
+        return cv_squared(entry.routing.counts().float())
+
+
+IMPORTANCE = "importance is the squared variation of the weights that experts are given"
+
+
+@check(SLUG, IMPORTANCE, kind="method")
+def test_importance() -> None:
+    importance_holds(Importance(1.0))
+
+
+@check(SLUG, IMPORTANCE, kind="twin")
+@pytest.mark.parametrize("twin", [Variance(1.0), OfCounts(1.0)])
+def test_importance_twin(twin: Balance) -> None:
+    with pytest.raises(AssertionError):
+        importance_holds(twin)
 
 
 def test_one_expert_per_row_learns_from_its_losses_alone() -> None:

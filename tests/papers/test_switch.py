@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from rarefy.core.records import Context, Entry, Routing, Scores
 from rarefy.core.trace import Trace
-from rarefy.experts.balance.switch_balance import LoadBalance
 from rarefy.experts.banks.glu import GLU
 from rarefy.experts.moe import MoE
 from rarefy.experts.overflow.capacity import Capacity
@@ -47,7 +47,9 @@ def counts_padding_and_differentiates_f(seen: Entry) -> Tensor:
 
 @check("switch", "balance loss is 1 when uniform, E when collapsed, and its gradient flows through P only", kind="method")
 def test_balance() -> None:
-    balance_holds(LoadBalance(1.0))
+    (declared,) = Switch.balances
+    assert declared.alpha == 0.01
+    balance_holds(replace(declared, alpha=1.0))
 
 
 @check("switch", "balance loss is 1 when uniform, E when collapsed, and its gradient flows through P only", kind="twin")
@@ -72,8 +74,11 @@ def test_balance_twin_that_is_wrong_in_its_gradient_alone() -> None:
 def layer_holds(choice: type[Switch]) -> None:
     """C is respected, dropped rows are exactly 0, a lone expert equals the dense FFN, and the router learns from the task."""
     torch.manual_seed(0)
-    moe = MoE(Linear(6, 4), choice(), GLU(4, 6, 5), Capacity(1.0, 4.0))
     x = torch.randn(32, 6)
+    with Trace(full := MoE(Linear(6, 4), choice(), GLU(4, 6, 5), choice.overflow)) as trace:
+        full(torch.ones(32, 6))
+    assert trace.entries[0].routing.counts().sum() == 10, "1.25 times an even share at most: ceil(1.25 * 32 / 4)"
+    moe = MoE(Linear(6, 4), choice(), GLU(4, 6, 5), Capacity(1.0, 4.0))
     with Trace(moe) as trace:
         y = moe(x)
     routing = trace.entries[0].routing
