@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Routing, Scores
 from rarefy.core.trace import Trace
-from rarefy.experts.balance.switch_balance import LoadBalance
 from rarefy.experts.banks.glu import GLU
 from rarefy.experts.banks.relu import ReLU
 from rarefy.experts.banks.scaled import Scaled
@@ -205,24 +204,48 @@ def test_samples_twins(twin: Any) -> None:
         samples_hold(twin)
 
 
-def test_the_layer_is_scaled_and_balanced_by_what_is_in_reach() -> None:
+def layer_holds(choice: type[SparseMixer], bank: Callable[[int, int, int], Any] = SparseMixer.bank) -> None:
+    """The experts' outputs are scaled by a learned vector that starts at 1, and balanced are the probabilities within reach."""
     torch.manual_seed(0)
-    moe, x = MoE(Linear(6, 4), SparseMixer(0.1), Scaled(GLU(4, 6, 5), 6)), torch.randn(30, 6)
-    bank: Any = moe.bank
+    moe, x = MoE(Linear(6, 4), choice(0.1), bank(4, 6, 5)), torch.randn(30, 6)
+    assert isinstance(moe.bank, Scaled) and bool((moe.bank.omega == 1).all())
     plain = moe.eval()(x)
     with torch.no_grad():
-        bank.omega.copy_(torch.arange(6.0))
+        moe.bank.omega.copy_(torch.arange(6.0))
     torch.testing.assert_close(moe(x), plain * torch.arange(6.0))
     with Trace(moe.train()) as trace:
         y = moe(x)
     routing = trace.entries[0].routing
-    assert routing.scores is not None
     logits = x @ moe.get_parameter("affinity.weight").T
     p = near_best(logits, None, 0.1).softmax(1)
     assert float(p.min()) == 0.0 < float(logits.softmax(1).min())
-    torch.testing.assert_close(LoadBalance(0.01)(trace.entries[0]), 0.01 * 4 * (routing.counts() / 30 * p.mean(0)).sum())
+    (balance,) = choice.balances
+    torch.testing.assert_close(balance(trace.entries[0]), 0.01 * 4 * (routing.counts() / 30 * p.mean(0)).sum())
     y.square().sum().backward()
-    assert bank.omega.grad is not None and bool(bank.omega.grad[1:].all())
+    assert moe.bank.omega.grad is not None and bool(moe.bank.omega.grad[1:].all())
+
+
+class BalancesAll(SparseMixer):
+    """The balance loss sees the probabilities of experts out of reach too."""
+
+    def __call__(self, scores: Scores, context: Context) -> Routing:
+        r = super().__call__(scores, context)
+        return Routing(r.expert, r.weight, r.items, r.experts, 1, scores=scores)
+
+
+LAYER = "outputs are scaled by a learned vector, and what is in reach is balanced"
+
+
+@check(SLUG, LAYER, kind="method")
+def test_layer() -> None:
+    layer_holds(SparseMixer)
+
+
+@check(SLUG, LAYER, kind="twin")
+@pytest.mark.parametrize(("choice", "bank"), [(BalancesAll, SparseMixer.bank), (SparseMixer, GLU)], ids=["balances all", "not scaled"])
+def test_layer_twins(choice: type[SparseMixer], bank: Any) -> None:
+    with pytest.raises(AssertionError):
+        layer_holds(choice, bank)
 
 
 def test_it_is_reached_by_name_and_refuses() -> None:

@@ -109,6 +109,7 @@ def temperature_holds(choice: type[Choice]) -> None:
     moe = MoE(choice.affinity(WIDTH, EXPERTS), choice(), GLU(EXPERTS, WIDTH, 6))
     tau, centres = moe.get_parameter("affinity.temperature"), moe.get_parameter("affinity.centres")
     first = float(tau.detach())
+    assert first == pytest.approx({"by-angle": 0.3, "by-angle-sigmoid": 0.07}[choice.name])
     with torch.no_grad():
         tau.fill_(2.0)
     with Trace(moe) as trace:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from rarefy.core.records import Context, Entry, Routing, Scores
 from rarefy.core.roles import Choice, Overflow
-from rarefy.experts.balance.first_choice import FirstChoiceBalance
 from rarefy.experts.balance.switch_balance import LoadBalance
 from rarefy.experts.banks.glu import GLU
 from rarefy.experts.dispatch import dispatch
@@ -135,7 +134,7 @@ class ByRow(RowCapacity):
 
 @check(SLUG, "places go by rank of choice, and are counted by rows", kind="method")
 def test_places() -> None:
-    places_by_rank(RowCapacity(1.5))
+    places_by_rank(replace(MassBefore.overflow, factor=1.5))
 
 
 @check(SLUG, "places go by rank of choice, and are counted by rows", kind="twin")
@@ -156,7 +155,8 @@ def balance_holds(balance: Callable[[Entry], Tensor]) -> None:
 
 @check(SLUG, "the balance loss counts first choices", kind="method")
 def test_balance() -> None:
-    balance_holds(FirstChoiceBalance(1.0))
+    (declared,) = MassBefore.balances
+    balance_holds(replace(declared, alpha=1.0))
 
 
 @check(SLUG, "the balance loss counts first choices", kind="twin")
