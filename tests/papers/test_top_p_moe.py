@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -95,6 +97,42 @@ def test_entropy() -> None:
 def test_entropy_twin() -> None:
     with pytest.raises(AssertionError):
         entropy_keeps_experts_few(NoLoss)
+
+
+def loss_is_the_entropy(loss: Callable[[Entry], torch.Tensor], factor: float) -> None:
+    """The mean over real rows of ``-sum p ln p``: ln E where a row is unsure of everything, 0 where it is sure."""
+    unsure, sure = torch.zeros(3, 4), 50 * torch.eye(4)[:3]
+    drawn = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    want = torch.distributions.Categorical(logits=drawn).entropy().mean().item()
+    for logits, valid, value in ((unsure, None, math.log(4)), (sure, None, 0.0), (torch.cat([drawn, unsure]), torch.arange(23) < 20, want)):
+        routing = TopP()(Scores(logits), Context(valid=valid))
+        assert loss(Entry("layer", 0, None, routing, Context(valid=valid))).item() == pytest.approx(factor * value, abs=1e-6 * factor)
+
+
+def of_the_mean(entry: Entry) -> torch.Tensor:
+    """The entropy of the mean distribution."""
+    assert entry.routing.scores is not None
+    return torch.distributions.Categorical(probs=entry.routing.scores.logits.softmax(-1).mean(0)).entropy()
+
+
+def of_squares(entry: Entry) -> torch.Tensor:
+    """1 - sum p^2, which falls with the entropy."""
+    assert entry.routing.scores is not None
+    return (1 - entry.routing.scores.logits.softmax(-1).square().sum(-1)).mean()
+
+
+@check(SLUG, "the loss is the mean entropy of a row's probabilities", kind="method")
+def test_entropy_loss() -> None:
+    balance, entropy = TopP.balances
+    assert balance == LoadBalance(0.01)
+    loss_is_the_entropy(entropy, 1e-4)
+
+
+@check(SLUG, "the loss is the mean entropy of a row's probabilities", kind="twin")
+@pytest.mark.parametrize("twin", [of_the_mean, of_squares])
+def test_entropy_loss_twin(twin: Callable[[Entry], torch.Tensor]) -> None:
+    with pytest.raises(AssertionError):
+        loss_is_the_entropy(twin, 1.0)
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
