@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rarefy.core.records import Recipe, Units
 from rarefy.core.roles import Criterion
-from rarefy.weights.allocations.erdos_renyi import ERK
 from rarefy.weights.allocations.uniform import Uniform
 from rarefy.weights.criteria.magnitude import Magnitude
 from rarefy.weights.criteria.random import RANDOM_PRUNING
@@ -46,7 +45,7 @@ def without_the_dense_loop(units: Sequence[Units], budget: int) -> dict[str, int
 
 @check("random-pruning", "ERK counts equal a hand-worked case", kind="method")
 def test_ratios() -> None:
-    ratios_hold(ERK().counts)
+    ratios_hold(RANDOM_PRUNING.allocation.counts)
 
 
 @check("random-pruning", "ERK counts equal a hand-worked case", kind="twin")
