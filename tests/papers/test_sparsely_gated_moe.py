@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,9 +110,16 @@ def test_losses_teach_twin(balance: SmoothLoad, affinity: type[NoisyLinear]) -> 
 
 
 def noise_holds(affinity: type[NoisyLinear]) -> None:
-    """At the start every expert is as likely, within sampling error; outside training there is no noise and the load is counted."""
+    """At the start every expert is as likely, within sampling error; the noise is normal, of the learned deviation; outside training there is none and the load is counted."""
     torch.manual_seed(0)
     moe, x = layer(affinity=affinity), torch.randn(4000, 6)
+    drawn = affinity(6, 4)
+    torch.nn.init.normal_(drawn.noise)
+    scores = drawn(x, Context(training=True), None)
+    assert scores.select is not None and scores.noise is not None
+    torch.testing.assert_close(scores.noise, (1 + (x @ drawn.noise.T).exp()).log() + 0.01)
+    noise = ((scores.select - scores.logits) / scores.noise).detach()
+    assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03 and abs(noise.abs().lt(1).float().mean() - 0.683) < 0.02
     counts = entry(moe, x).routing.counts()
     assert counts.sum() == 8000 and (counts - 2000).abs().max() < 4 * (4000 * 0.25) ** 0.5
     torch.nn.init.normal_(moe.affinity.weight)
@@ -130,15 +138,24 @@ class NoisyInEvaluation(NoisyLinear):
         return super().forward(x, Context(training=True), bank)
 
 
+class UniformNoise(NoisyLinear):
+    """Noise in [0, 1) times the deviation."""
+
+    def forward(self, x: Tensor, context: Context, bank: object) -> Scores:
+        scores = super().forward(x, context, bank)
+        return scores if scores.noise is None else replace(scores, select=scores.logits + torch.rand_like(scores.logits) * scores.noise)
+
+
 @check(SLUG, "an even start, and no noise in evaluation", kind="method")
 def test_noise() -> None:
     noise_holds(NoisyLinear)
 
 
 @check(SLUG, "an even start, and no noise in evaluation", kind="twin")
-def test_noise_twin() -> None:
-    with pytest.raises(AssertionError, match="noise in evaluation"):
-        noise_holds(NoisyInEvaluation)
+@pytest.mark.parametrize(("twin", "why"), [(NoisyInEvaluation, "noise in evaluation"), (UniformNoise, "0.03")])
+def test_noise_twin(twin: type[NoisyLinear], why: str) -> None:
+    with pytest.raises(AssertionError, match=why):
+        noise_holds(twin)
 
 
 # ---------------------------------------------------------------- on text

@@ -147,12 +147,39 @@ def test_the_router_stays_float32_under_autocast_and_jitters_in_training_only() 
     assert 0 < (moved - calm).abs().max() <= 0.01 * (x.abs() @ router.weight.abs().T).max() + 1e-6
 
 
-def test_small_init_has_the_papers_scale() -> None:
-    bank = GLU(4, 64, 64)
-    small_init(bank, generator=torch.Generator().manual_seed(0))
-    std = (0.1 / 64) ** 0.5
-    assert bank.down_proj.abs().max() <= 2 * std
-    assert bank.down_proj.std().item() == pytest.approx(0.88 * std, rel=0.02)
+def init_holds(init: Callable[[GLU], object]) -> None:
+    """Deviation sqrt(0.1 / inputs), cut off at two of it, so that 0.88 of it is left."""
+    torch.manual_seed(0)
+    bank = GLU(4, 64, 32)
+    init(bank)
+    for weight, inputs in ((bank.gate_up_proj.detach(), 64), (bank.down_proj.detach(), 32)):
+        std = (0.1 / inputs) ** 0.5
+        assert weight.abs().max() <= 2 * std
+        assert weight.std().item() == pytest.approx(0.88 * std, rel=0.02)
+
+
+def ten_times_larger(bank: GLU) -> None:
+    small_init(bank, scale=1.0)
+
+
+def not_cut_off(bank: GLU) -> None:
+    for weight in bank.parameters():
+        torch.nn.init.normal_(weight, std=0.88 * (0.1 / weight.shape[-1]) ** 0.5)
+
+
+INIT = "weights are drawn with a tenth of the usual variance, cut off at two deviations"
+
+
+@check("switch", INIT, kind="method")
+def test_small_init() -> None:
+    init_holds(small_init)
+
+
+@check("switch", INIT, kind="twin")
+@pytest.mark.parametrize("twin", [ten_times_larger, not_cut_off])
+def test_small_init_twin(twin: Callable[[GLU], object]) -> None:
+    with pytest.raises(AssertionError):
+        init_holds(twin)
 
 
 def test_expert_dropout_is_inside_the_experts_and_in_training_only() -> None:
