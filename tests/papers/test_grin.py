@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rarefy.core.discover import train_recipes
 from rarefy.core.errors import BadInput
-from rarefy.core.records import Context, Routing, Scores
+from rarefy.core.records import Context, Entry, Routing, Scores
+from rarefy.experts.balance.first_choice import FirstChoiceBalance
 from rarefy.experts.routers.grin import Grin, heun
 from rarefy.experts.routers.sparse_mixer import midpoint
 from rarefy.tasks.char_lm import CharLM
@@ -257,6 +258,30 @@ def test_coin() -> None:
 def test_coin_twins(twin: type[Grin]) -> None:
     with pytest.raises(AssertionError):
         coin_falls(twin)
+
+
+def balance_holds(balance: Callable[[Entry], Tensor]) -> None:
+    """``0.01 E sum_i f_i P_i``: f the share of all picks, the sampled ones, P the mean probability among all experts."""
+    torch.manual_seed(0)
+    z = torch.randn(200, 6)
+    routing = Grin(2, epsilon=2.0)(Scores(z), TRAINING)
+    f = torch.bincount(routing.expert, minlength=6) / 400
+    torch.testing.assert_close(balance(Entry("layer", 0, None, routing, TRAINING)), 0.01 * 6 * (f * z.softmax(-1).mean(0)).sum())
+
+
+BALANCE = "balanced are the picks that were sampled"
+
+
+@check(SLUG, BALANCE, kind="method")
+def test_balance() -> None:
+    (declared,) = Grin.balances
+    balance_holds(declared)
+
+
+@check(SLUG, BALANCE, kind="twin")
+def test_balance_twin_of_the_likeliest() -> None:
+    with pytest.raises(AssertionError):
+        balance_holds(FirstChoiceBalance(0.01))
 
 
 def test_it_trains_by_name() -> None:

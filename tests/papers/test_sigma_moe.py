@@ -71,6 +71,7 @@ BANK = "without gates the layer is dense, and is drawn as such"
 @check(SLUG, BANK, kind="method")
 def test_bank() -> None:
     bank_holds(ReLU, directions)
+    assert directions(64, 32, layers=8).weight.std().item() == pytest.approx((2 / (64 * 8)) ** 0.5, rel=1e-4)
 
 
 @check(SLUG, BANK, kind="twin")

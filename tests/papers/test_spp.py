@@ -69,6 +69,45 @@ def test_blocks_twin(twin: Merge) -> None:
         blocks_hold(twin)
 
 
+SIZES = "r rows and one column per matrix, the rows drawn and the column zero"
+
+
+def sizes_hold(method: type[Spp]) -> None:
+    for count, rank in ((12, 4), (12, 5), (3, 16)):
+        weight, *_ = given(count, 1)
+        view = method(rank=rank).view(weight, generator=torch.Generator().manual_seed(0))
+        assert view.rows.shape == (min(rank, count), 8) and view.column.shape == (count, 1)
+        assert not view.column.any() and len(view.rows.unique()) == view.rows.numel()
+        assert 0.2 < view.rows.abs().max() <= 8**-0.5, "uniform within the root of one over the inputs"
+
+
+class OneRow(Spp):
+    """The twin: one row for all, whatever r is."""
+
+    def view(self, weight: Tensor, *, generator: torch.Generator) -> RowBlockProduct:
+        return Spp(rank=1).view(weight, generator=generator)
+
+
+class BothDrawn(Spp):
+    """The twin: the column is drawn too."""
+
+    def view(self, weight: Tensor, *, generator: torch.Generator) -> RowBlockProduct:
+        made = super().view(weight, generator=generator)
+        return RowBlockProduct(made.rows.detach(), torch.randn(made.column.shape, generator=generator), self.scale, self.dropout)
+
+
+@check("spp", SIZES, kind="method")
+def test_sizes() -> None:
+    sizes_hold(Spp)
+
+
+@check("spp", SIZES, kind="twin")
+@pytest.mark.parametrize("twin", [OneRow, BothDrawn])
+def test_sizes_twin(twin: type[Spp]) -> None:
+    with pytest.raises(AssertionError):
+        sizes_hold(twin)
+
+
 @check("spp", "the merged weight is the published product, entry by entry", kind="oracle")
 @pytest.mark.parametrize(("count", "rank"), [(12, 4), (12, 5), (7, 3), (5, 5), (9, 1)])
 def test_entries(count: int, rank: int) -> None:

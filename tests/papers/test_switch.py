@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rarefy.core.records import Context, Entry, Routing, Scores
 from rarefy.core.trace import Trace
+from rarefy.experts.balance.switch_balance import LoadBalance, load_times_probability, valid_rows
 from rarefy.experts.banks.glu import GLU
 from rarefy.experts.moe import MoE
 from rarefy.experts.overflow.capacity import Capacity
@@ -37,6 +38,18 @@ def balance_holds(balance: Callable[[Entry], Tensor]) -> None:
     f = torch.bincount(logits.argmax(-1), minlength=4) / 8
     (want,) = torch.autograd.grad(4 * (f * logits.softmax(-1).mean(0)).sum(), logits)
     torch.testing.assert_close(got, want)
+    favours = logits.detach() + torch.tensor([2.0, 1.0, 0.0, 0.0])
+    whole = entry(favours, favours.argmax(-1))
+    cut = replace(whole, routing=Capacity(0.5)(whole.routing, Context(training=True)))
+    assert cut.routing.dropped is not None and cut.routing.dropped.sum() > 0
+    torch.testing.assert_close(balance(cut), balance(whole), msg="f is of the router's choices, dropped ones too")
+
+
+class KeptAlone(LoadBalance):
+    """f counts the rows that found a place."""
+
+    def __call__(self, entry: Entry) -> Tensor:
+        return self.alpha * load_times_probability(entry, entry.routing.count(valid_rows(entry)[entry.routing.rows()]))
 
 
 def counts_padding_and_differentiates_f(seen: Entry) -> Tensor:
@@ -102,6 +115,12 @@ class Renormalised(Switch):
     def __call__(self, scores: Scores, context: Context) -> Routing:
         routing = super().__call__(scores, context)
         return Routing(routing.expert, routing.weight / routing.weight, routing.items, routing.experts, 1, scores=scores)
+
+
+@check("switch", "balance loss is 1 when uniform, E when collapsed, and its gradient flows through P only", kind="twin")
+def test_balance_twin_that_counts_what_is_kept() -> None:
+    with pytest.raises(AssertionError, match="dropped ones too"):
+        balance_holds(KeptAlone(1.0))
 
 
 @check("switch", "capacity holds, dropped rows are zero, the router learns through p", kind="method")

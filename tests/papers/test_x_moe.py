@@ -116,6 +116,10 @@ def temperature_holds(choice: type[Choice]) -> None:
         y = moe(rows())
     (balance,) = choice.balances
     loss = balance(trace.entries[0])
+    found, z = trace.entries[0].routing, moe.affinity(rows(), Context(), moe.bank).logits
+    likelihood = {"by-angle": z.softmax(-1), "by-angle-sigmoid": z.sigmoid()}[choice.name]
+    served = found.expert < EXPERTS
+    torch.testing.assert_close(found.weight[served], likelihood[served].gather(1, found.expert[served, None]).squeeze(1))
     cosines = trace.entries[0].routing.scores.select  # type: ignore[union-attr]
     p, f = (cosines / first).softmax(-1).mean(0), trace.entries[0].routing.counts() / 40
     torch.testing.assert_close(loss, 0.01 * EXPERTS * (f * p).sum())
@@ -138,10 +142,18 @@ def test_temperature(choice: type[Choice]) -> None:
     temperature_holds(choice)
 
 
+class SoftmaxAtItsTemperature(ByAngleSigmoid):
+    """The temperature of the sigmoid, and a softmax."""
+
+    def __call__(self, scores: Scores, context: Context) -> Any:
+        return ByAngle()(scores, context)
+
+
 @check(SLUG, TAU, kind="twin")
-def test_temperature_twin() -> None:
+@pytest.mark.parametrize("twin", [OneTemperature, SoftmaxAtItsTemperature])
+def test_temperature_twin(twin: type[Choice]) -> None:
     with pytest.raises(AssertionError):
-        temperature_holds(OneTemperature)
+        temperature_holds(twin)
 
 
 def lengths_hold(choice: type[Choice]) -> None:
@@ -174,8 +186,9 @@ LENGTHS = "every centre has length 1.5 after every step"
 
 
 @check(SLUG, LENGTHS, kind="method")
-def test_lengths() -> None:
-    lengths_hold(ByAngle)
+@pytest.mark.parametrize("choice", [ByAngle, ByAngleSigmoid])
+def test_lengths(choice: type[Choice]) -> None:
+    lengths_hold(choice)
 
 
 @check(SLUG, LENGTHS, kind="twin")
