@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,6 +71,49 @@ def test_teal() -> None:
 def test_without_costs_or_search_it_fails(twin: Sharing) -> None:
     with pytest.raises(AssertionError, match=r"budget|even share"):
         holds(twin)
+
+
+def _twice(block: nn.Module) -> Chain:
+    made = Chain(0)
+    made.blocks = nn.ModuleList(copy.deepcopy(block) for _ in range(2))
+    return made.eval()
+
+
+@torch.no_grad()
+def searches_in_place(sharing: Sharing) -> None:
+    """The second block's densities are those of the search on it alone, given what the dense first block returns."""
+    model = chain()
+    sizes = {name: m.weight.numel() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    found = sharing.densities(model, sizes, 0.5, SEEN)
+    first = {name: size for name, size in sizes.items() if name.startswith("blocks.0.")}
+    want = GreedyBlocks().densities(_twice(model.blocks[1]), first, 0.5, [model.blocks[0](x) for x in SEEN])
+    assert {name: found[name.replace("blocks.0.", "blocks.1.")] for name in first} == want
+
+
+class OnTheInputs(Sharing):
+    """Every block is searched on what the model is given."""
+
+    def densities(self, model: Any, sizes: Mapping[str, int], density: float, batches: Sequence[Any]) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for index, block in enumerate(model.blocks):
+            first = {name: size for name, size in sizes.items() if name.startswith("blocks.0.")}
+            alone = GreedyBlocks().densities(_twice(block), first, density, batches)
+            found |= {name.replace("blocks.0.", f"blocks.{index}."): d for name, d in alone.items()}
+        return found
+
+
+IN_PLACE = "a block is searched on what the dense blocks before it return"
+
+
+@check("teal", IN_PLACE, kind="method")
+def test_searched_in_place() -> None:
+    searches_in_place(TEAL.sharing)
+
+
+@check("teal", IN_PLACE, kind="twin")
+def test_searched_in_place_twin() -> None:
+    with pytest.raises(AssertionError):
+        searches_in_place(OnTheInputs())
 
 
 def test_the_search_is_refused_where_it_cannot_be_made() -> None:
