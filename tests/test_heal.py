@@ -235,7 +235,8 @@ def test_a_step_follows_the_mean_loss_of_its_windows() -> None:
     weight = model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
     (wanted,) = torch.autograd.grad(torch.stack([next_token_loss(model, ids) for ids in given]).mean(), [weight])
     before = weight.detach().clone()
-    heal_module._step(model, given, None, torch.optim.SGD([weight], lr=9.0), 0.5, 1e9, heal_module._Place(1, 0, None))
+    losses = (next_token_loss(model, ids) for ids in given)
+    heal_module.descend(losses, 3, torch.optim.SGD([weight], lr=9.0), 0.5, 1e9, "loss", heal_module.Place(1, 0, None))
     assert torch.allclose(before - weight.detach(), 0.5 * wanted, atol=1e-6)
 
 
@@ -495,14 +496,14 @@ def test_ctrl_c_keeps_the_checkpoint_and_the_same_command_ends_in_the_same_bytes
 ) -> None:
     command = ("--tokens", "2k", "--save-every", "4")
     assert run(capsys, folder, *command, "--out", str(tmp_path / "straight"))[0] == 0
-    real = heal_module._step
+    real = heal_module.descend
 
     def stop(*args: Any) -> float:
         if args[-1].step == 11:
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(heal_module, "_step", stop)
+    monkeypatch.setattr(heal_module, "descend", stop)
     code, out, err = run(capsys, folder, *command, "--out", str(tmp_path / "stopped"))
     assert code == 130 and "8 of 16 steps are kept" in err and not (tmp_path / "stopped").exists()
     code, _, err = run(capsys, folder, *command, "--lr", "0.1", "--out", str(tmp_path / "stopped"))

@@ -60,7 +60,7 @@ def on_all(compute: Callable[[], Tensor], repeats: int) -> tuple[Tensor, list[in
     one, others = compute(), []
     for threads in THREADS:
         torch.set_num_threads(threads)
-        if not all([torch.equal(compute(), one) for _ in range(repeats)]):
+        if not all(torch.equal(compute(), one) for _ in range(repeats)):
             others.append(threads)
     return one, others
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, finfo
 
+from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Routing, Scores
 
 
@@ -95,6 +96,30 @@ def positive(scores: Scores, context: Context) -> Routing:
     weight, experts = scores.logits.float(), scores.logits.shape[1]
     each = torch.arange(experts, device=weight.device).expand_as(weight)
     return row_major(scores, context, each.where(weight > 0, experts), weight)
+
+
+def need_k(k: int, experts: int) -> None:
+    """Refuse a number of experts per row that there are not.
+
+    Raises:
+        BadInput: k outside 1..E.
+    """
+    if not 1 <= k <= experts:
+        raise BadInput(f"k = {k} with {experts} experts", "a row takes between one and all of the experts", "choose k in 1..E")
+
+
+def at_most(k: int, routing: Routing) -> dict[str, bool]:
+    """The invariant of a choice of k experts, as `Choice.invariants` gives it."""
+    return {f"at most {k} experts per row": bool((per_row(routing) <= k).all())}
+
+
+def real_rows(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Bool [R] of rows [R, ...], False at padding (`valid` [R] False).
+
+    >>> real_rows(torch.zeros(2, 3), None).tolist()
+    [True, True]
+    """
+    return torch.ones(len(rows), dtype=torch.bool, device=rows.device) if valid is None else valid.reshape(-1)
 
 
 def ranked(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:

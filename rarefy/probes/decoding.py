@@ -65,14 +65,14 @@ def rounds_of(racers: Sequence[Racer], prompt: Tensor, tokens: int, rounds: int,
     return seconds
 
 
-def cut(ids: Tensor, bos: int | None = None) -> list[Tensor]:
-    """Windows of at most 256 tokens, each beginning with BOS where there is one; none of a single token.
+def cut(ids: Tensor, bos: int | None = None, window: int = WINDOW) -> list[Tensor]:
+    """Windows of at most `window` tokens, each beginning with BOS where there is one; none of a single token.
 
     >>> [window.tolist() for window in cut(torch.arange(2), bos=9)]
     [[9, 0, 1]]
     """
     head = ids.new_tensor([] if bos is None else [bos])
-    found = [torch.cat([head, part]) for part in ids.split(WINDOW - len(head))]
+    found = [torch.cat([head, part]) for part in ids.split(window - len(head))]
     return [window for window in found if len(window) > 1]
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from rarefy.core.errors import BadInput
 from rarefy.hub.engines import use_engine
 from rarefy.probes.memory import peak_bytes
-from rarefy.probes.perplexity import model_name, need_causal
+from rarefy.probes.perplexity import need_causal
 from rarefy.probes.timers import busy
+from rarefy.weights.account import model_name
 
 
 def generate(model: Any, tokenizer: Any, prompt: str, *, tokens: int = 64, runs: int = 3, engine: str = "transformers", head: str | None = None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.core.errors import BadInput, Refused
+from rarefy.weights.account import model_name
 
 DEFAULT_TOKENS = 16_384
 DEFAULT_WINDOW = 512
@@ -124,11 +125,6 @@ def bootstrap(sums: Tensor, counts: Tensor, resamples: int = 1000, seed: int = 0
     means = sums.double()[draw].sum(1) / counts.double()[draw].sum(1)
     low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     return low, high
-
-
-def model_name(model: nn.Module) -> str:
-    """The name that the model was loaded under, or its class."""
-    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
 
 
 def perplexity(

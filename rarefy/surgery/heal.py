@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -88,24 +88,28 @@ def heal(
         raise BadInput("no windows", "healing needs text to train on")
     sites = pruned_sites(model)
     if checkpoint is not None:
-        checkpoint.open(_key(model, windows, method, teacher, how))
+        checkpoint.open(run_key(model, windows, method, teacher, how))
     before = zeros(model, sites)
-    with _frozen(model, teacher, how.recompute), torch.random.fork_rng():
+    with frozen(model, teacher, how.recompute), torch.random.fork_rng():
         try:
-            _attach(model, sites, method, windows, how)
+            attach(model, sites, method, windows, how)
             losses, trained = _train(model, windows, method, teacher, how, checkpoint, progress)
         except BaseException:
             detach(model)
             raise
         fold(model)
-    after = zeros(model, sites)
+    return report(method, windows, len(losses), trained, losses, before, zeros(model, sites))
+
+
+def report(method: Adaptation, windows: Sequence[Tensor], steps: int, trained: int, losses: Sequence[float], before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, Any]:
+    """What every training back says of itself, see `heal`; `before` and `after` are the zeros of the sites."""
     return {
         "method": method.name,
-        "steps": len(losses),
+        "steps": steps,
         "tokens": sum(w.numel() for w in windows),
         "trained_parameters": trained,
-        "matrices": len(sites),
-        "train_loss": losses,
+        "matrices": len(before),
+        "train_loss": list(losses),
         "zeros": {"before": sum(before.values()), "after": sum(after.values()), "lost": sum(max(0, before[k] - after[k]) for k in before)},
     }
 
@@ -160,7 +164,7 @@ def fold(model: nn.Module) -> None:
 
 
 @contextmanager
-def _frozen(model: Any, teacher: Teacher | None, recompute: bool) -> Iterator[None]:
+def frozen(model: Any, teacher: Teacher | None, recompute: bool) -> Iterator[None]:
     """Nothing of the model learns, it is in training mode, the teacher in evaluation mode; all as before afterwards."""
     flags = {p: p.requires_grad for p in model.parameters()}
     mode, teaching = model.training, teacher is not None and teacher.model.training
@@ -183,7 +187,7 @@ def _frozen(model: Any, teacher: Teacher | None, recompute: bool) -> Iterator[No
             p.requires_grad_(flag)
 
 
-def _attach(model: nn.Module, sites: Sequence[Site], method: Adaptation, windows: Sequence[Tensor], how: Training) -> None:
+def attach(model: nn.Module, sites: Sequence[Site], method: Adaptation, windows: Sequence[Tensor], how: Training) -> None:
     stats: dict[str, dict[str, Tensor]] = {}
     if "gradient" in asks(method.view):
         tensors = {s.key: model.get_parameter(s.key) for s in sites}
@@ -214,7 +218,8 @@ def _train(
     for step in range(len(losses), steps):
         torch.manual_seed(how.seed * 1_000_003 + step)  # a step's dropout depends on the step alone: a resumed run draws the same
         chosen = [windows[i] for i in order[step * how.batch : (step + 1) * how.batch]]
-        losses.append(_step(model, chosen, teacher, optimizer, lr * rate(step, steps, how.warmup), how.clip, _Place(step + 1, saved, checkpoint)))
+        each = (next_token_loss(model, _on(model, ids), teacher) for ids in chosen)
+        losses.append(descend(each, len(chosen), optimizer, lr * rate(step, steps, how.warmup), how.clip, "loss", Place(step + 1, saved, checkpoint)))
         if checkpoint is not None and ((step + 1) % how.save_every == 0 or step + 1 == steps):
             _save(checkpoint, learned, optimizer, losses)
             saved = step + 1
@@ -237,7 +242,7 @@ def rate(step: int, steps: int, warmup: float) -> float:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where training is when something is not finite."""
 
     step: int
@@ -253,15 +258,14 @@ class _Place:
         )
 
 
-def _step(model: nn.Module, windows: Sequence[Tensor], teacher: Teacher | None, optimizer: Optimizer, lr: float, clip: float, place: _Place) -> float:
-    """One optimizer step over some windows, one at a time; the mean loss. Nothing is changed where loss or gradient is not finite."""
+def descend(losses: Iterable[Tensor], count: int, optimizer: Optimizer, lr: float, clip: float, what: str, place: Place) -> float:
+    """One optimizer step over `count` losses, each made as it is asked for; their mean. Nothing is changed where `what` they are or the gradient is not finite."""
     total = 0.0
     optimizer.zero_grad()
-    for ids in windows:
-        loss = next_token_loss(model, _on(model, ids), teacher)
-        place.finite(loss, "loss")
-        (loss / len(windows)).backward()
-        total += float(loss.detach()) / len(windows)
+    for loss in losses:
+        place.finite(loss, what)
+        (loss / count).backward()
+        total += float(loss.detach()) / count
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     place.finite(nn.utils.clip_grad_norm_(trained, clip), "gradient")
     for group in optimizer.param_groups:
@@ -270,7 +274,7 @@ def _step(model: nn.Module, windows: Sequence[Tensor], teacher: Teacher | None, 
     return total
 
 
-def _key(model: nn.Module, windows: Sequence[Tensor], method: Adaptation, teacher: Teacher | None, how: Training) -> str:
+def run_key(model: nn.Module, windows: Sequence[Tensor], method: Adaptation, teacher: Teacher | None, how: Training) -> str:
     taught = None if teacher is None else (teacher.alpha, teacher.temperature, dict(teacher.model.state_dict()))
     options = {k: v for k, v in asdict(how).items() if k not in ("save_every", "recompute")}
     return digest(method, options, taught, list(windows), dict(model.state_dict()), torch.get_num_threads(), torch.__version__)

@@ -17,7 +17,7 @@ from rarefy.core.records import Site
 from rarefy.surgery.adapters import Adaptation
 from rarefy.surgery.courses import Course
 from rarefy.surgery.distil import Teacher
-from rarefy.surgery.heal import Training, Watch, _attach, _frozen, _key, _Place, fold, pruned_sites, rate, zeros
+from rarefy.surgery.heal import Place, Training, Watch, attach, descend, fold, frozen, pruned_sites, rate, report, run_key, zeros
 from rarefy.weights.blocks import Calls, capture, find_chain, first, run_block
 from rarefy.weights.checkpoint import Checkpoint
 
@@ -41,7 +41,7 @@ class ByBlock(Course):
     with the method attached and untrained (one-shot rounding, where the method rounds).
 
     Raises:
-        BadInput: no teacher, fewer windows than one, or a loss that is not finite.
+        BadInput: no teacher, fewer windows than one, or a loss or gradient that is not finite.
         Refused: a model that is no chain of blocks, or one with another chain than the teacher's.
     """
 
@@ -67,9 +67,9 @@ class ByBlock(Course):
             )
         sites = pruned_sites(model)
         if checkpoint is not None:
-            checkpoint.open(f"{_key(model, windows, method, teacher, how)}|{self}")
+            checkpoint.open(f"{run_key(model, windows, method, teacher, how)}|{self}")
         before, start = zeros(model, sites), {s.key: model.get_parameter(s.key).detach().clone() for s in sites}
-        with _frozen(model, teacher, recompute=False), torch.random.fork_rng():
+        with frozen(model, teacher, recompute=False), torch.random.fork_rng():
             model.eval()
             try:
                 blocks, trained = _Walk(self, model, teacher, sites, windows, method, how, checkpoint, progress).go()
@@ -79,17 +79,8 @@ class ByBlock(Course):
                     for key, weight in start.items():
                         model.get_parameter(key).copy_(weight)
                 raise
-        after = zeros(model, sites)
-        return {
-            "method": method.name,
-            "steps": len(blocks) * self.epochs * math.ceil(len(_split(windows)[0]) / how.batch),
-            "tokens": sum(w.numel() for w in windows),
-            "trained_parameters": trained,
-            "matrices": len(sites),
-            "train_loss": [b["after"] for b in blocks],
-            "zeros": {"before": sum(before.values()), "after": sum(after.values()), "lost": sum(max(0, before[k] - after[k]) for k in before)},
-            "blocks": blocks,
-        }
+        steps = len(blocks) * self.epochs * math.ceil(len(_split(windows)[0]) / how.batch)
+        return {**report(method, windows, steps, trained, [b["after"] for b in blocks], before, zeros(model, sites)), "blocks": blocks}
 
 
 def _split(windows: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -154,7 +145,7 @@ class _Walk:
     def _fit(self, index: int, path: str, block: nn.Module, sites: Sequence[Site], calls: Sequence[Calls], wanted: Sequence[Tensor]) -> tuple[dict[str, Any], int]:
         """Train one block and fold it in."""
         pairs, held = _split(list(zip(calls, wanted, strict=True)))
-        _attach(self.model, sites, self.method, self.windows, self.how)
+        attach(self.model, sites, self.method, self.windows, self.how)
         self.model.eval()
         learned = [p for _, view in viewed(self.model).values() for p in view.parameters()]
         untrained = [p.detach().clone() for p in learned]
@@ -176,16 +167,10 @@ class _Walk:
         for epoch in range(self.course.epochs):
             order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(self.how.seed * 1_000_003 + epoch)).tolist()
             for step in range(each):
-                optimizer.zero_grad()
                 chosen = [pairs[i] for i in order[step * self.how.batch : (step + 1) * self.how.batch]]
-                for batch, target in chosen:
-                    loss = _loss(block, index, batch, target) / len(chosen)
-                    _Place(index + 1, index, self.checkpoint).finite(loss, f"error of {path}")
-                    loss.backward()
-                nn.utils.clip_grad_norm_(learned, self.how.clip)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * rate(epoch * each + step, self.course.epochs * each, self.how.warmup)
-                optimizer.step()
+                losses = (_loss(block, index, batch, target) for batch, target in chosen)
+                pace = lr * rate(epoch * each + step, self.course.epochs * each, self.how.warmup)
+                descend(losses, len(chosen), optimizer, pace, self.how.clip, f"error of {path}", Place(index + 1, index, self.checkpoint))
 
 
 def _loss(block: nn.Module, index: int, calls: Calls, wanted: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the record of a prune says of one site: what was kept, and the error that it made."""
+"""What the record of a prune says of the model, its name, and of one site: what was kept, and the error that it made."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rarefy.core.records import Pruned, Site
 
@@ -44,6 +44,11 @@ def site_record(site: Site, weight: Tensor, pruned: Pruned, dtype: torch.dtype, 
 def _sizes(seen: Mapping[str, Tensor]) -> Tensor:
     """What is known of every input column's size: the diagonal of its second moment, or its norm; empty where neither is."""
     return seen[ERROR_STATISTIC].diagonal() if ERROR_STATISTIC in seen else seen.get(NORM, torch.empty(0)).reshape(-1)
+
+
+def model_name(model: nn.Module) -> str:
+    """The name that the model was loaded under, or its class."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
 
 
 def unseen(seen: Mapping[str, Tensor]) -> bool:

@@ -14,7 +14,7 @@ from torch.nn.utils import prune as torch_prune
 
 from rarefy.core.errors import BadFile, BadInput
 from rarefy.core.records import Pruned, Site
-from rarefy.weights.account import site_record
+from rarefy.weights.account import model_name, site_record
 from rarefy.weights.checkpoint import unpack
 from rarefy.weights.sites import find_sites
 
@@ -106,7 +106,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Any]
     records = [_write(model, site, mask) for site, mask in wanted.values()]
     kept, total = sum(r["kept"] for r in records), sum(site.numel for site, _ in wanted.values())
     return {
-        "model": str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__),
+        "model": model_name(model),
         "recipe": "masks",
         "pattern": "as given",
         "density_requested": kept / total,

@@ -21,7 +21,7 @@ from rarefy.core.errors import BadInput, Refused
 from rarefy.core.exact import keep_count
 from rarefy.core.records import Member, Pruned, Recipe, Site, Units
 from rarefy.core.roles import Allocation, Criterion, ModelStatistic, Pattern, Solver, Statistic, asks
-from rarefy.weights.account import ERROR_STATISTIC, site_record, unseen
+from rarefy.weights.account import ERROR_STATISTIC, model_name, site_record, unseen
 from rarefy.weights.account import relative_error as relative_error
 from rarefy.weights.allocations.outlier_share import block_of
 from rarefy.weights.blocks import Calls, called_before, find_chain, run_block, uncached
@@ -121,7 +121,7 @@ def prune(
         model.train(was_training)
     kept, total = sum(r["kept"] for r in records), sum(s.numel for s in flow.sites)
     return {
-        "model": str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__),
+        "model": model_name(model),
         "recipe": recipe.name,
         "pattern": describe(flow.pattern),
         "allocation": describe(flow.allocation),

@@ -24,6 +24,7 @@ from rarefy.core.errors import BadInput, Refused
 from rarefy.core.roles import Criterion, Pattern, View
 from rarefy.kernels.grouped.reference import rounded
 from rarefy.layouts.grouped import Int4Asymmetric
+from rarefy.surgery import reconstruct
 from rarefy.surgery.adapters import Adaptation
 from rarefy.surgery.adapters.gqsa import GQSA, Int4Scales, Int4Weights, RoundedGroups, ScaledGroups
 from rarefy.surgery.adapters.grid import codes, flat, grouped, steps
@@ -388,6 +389,22 @@ def test_a_block_that_training_made_worse_keeps_the_plain_rounding() -> None:
     report = ByBlock(epochs=1).run(sparse, sparse_lm.windows(5, 4), Int4Weights(), teacher=Teacher(dense), training=Training(lr=20.0))
     assert all(b["after"] == b["before"] and b["held_out_after"] is None for b in report["blocks"])
     assert all(torch.equal(sparse.get_parameter(key), weight) for key, weight in rounded_only.items())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_blocks_and_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, sparse = halved()
+    before, real = copy.deepcopy(sparse.state_dict()), reconstruct._loss
+
+    def poisoned(*args: Any) -> Tensor:
+        loss = real(*args)
+        if loss.requires_grad:
+            loss.register_hook(lambda g: g * float("inf"))
+        return loss
+
+    monkeypatch.setattr(reconstruct, "_loss", poisoned)
+    with pytest.raises(BadInput, match="gradient at step 1 is"):
+        ByBlock(epochs=1).run(sparse, sparse_lm.windows(5, 4), Int4Weights(), teacher=Teacher(dense), training=Training(lr=0.01))
+    assert all(torch.equal(value, before[key]) for key, value in sparse.state_dict().items())
 
 
 def test_blocks_need_a_parent_of_the_same_chain() -> None:

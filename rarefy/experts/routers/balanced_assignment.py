@@ -14,7 +14,7 @@ from rarefy.core.roles import Choice
 from rarefy.experts.banks.residual import ResidualStack
 from rarefy.experts.routers.linear import Linear
 from rarefy.experts.routers.solvers.balanced import balanced
-from rarefy.experts.routing import alive
+from rarefy.experts.routing import alive, real_rows
 
 
 def centres(width: int, experts: int, gain: float = 0.1) -> Linear:
@@ -85,7 +85,7 @@ class BalancedAssignment(Choice):
     def _solve(self, a: Tensor, context: Context) -> Tensor:
         if self.chunk is None or a.shape[0] <= self.chunk:
             return balanced(a, context.valid, context.live)
-        valid = torch.ones(a.shape[0], dtype=torch.bool, device=a.device) if context.valid is None else context.valid.reshape(-1)
+        valid = real_rows(a, context.valid)
         shuffled = torch.randperm(a.shape[0], device=a.device)
         shuffled = shuffled[(~valid[shuffled]).int().argsort(stable=True)]  # padding last, so that it takes no place in a chunk
         parts = [balanced(a[rows], valid[rows], context.live) for rows in shuffled.split(self.chunk)]

@@ -13,7 +13,7 @@ from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Paper, Routing, Scores
 from rarefy.core.roles import Choice
 from rarefy.experts.routers.solvers.capped import capped
-from rarefy.experts.routing import alive, probabilities
+from rarefy.experts.routing import alive, probabilities, real_rows
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class ExpertChoice(Choice):
     def _groups(self, p: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """The rows of every group, [G, M], and which of these places hold a row that is not padding."""
         rows = torch.arange(p.shape[0], device=p.device)
-        valid = torch.ones_like(rows, dtype=torch.bool) if context.valid is None else context.valid.reshape(-1)
+        valid = real_rows(rows, context.valid)
         if self.group is None:
             return rows[None], valid[None]
         key = getattr(context, self.group)

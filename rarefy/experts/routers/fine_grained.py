@@ -13,7 +13,7 @@ from rarefy.core.records import Context, Paper, Routing, Scores
 from rarefy.core.roles import Choice
 from rarefy.experts.balance.switch_balance import LoadBalance
 from rarefy.experts.banks.glu import GLU
-from rarefy.experts.routing import per_row, probabilities, ranked, row_major
+from rarefy.experts.routing import need_k, per_row, probabilities, ranked, row_major
 from rarefy.experts.shared import Shared
 
 
@@ -91,8 +91,7 @@ class FineGrained(Choice):
 
     def __call__(self, scores: Scores, context: Context) -> Routing:
         p = probabilities(scores.logits.float(), context.live)
-        if not 1 <= self.k <= p.shape[1]:
-            raise BadInput(f"k = {self.k} with {p.shape[1]} experts", "a row takes between one and all of the experts", "choose k in 1..E")
+        need_k(self.k, p.shape[1])
         seen = p if scores.select is None else scores.select
         if context.live is not None:
             seen = seen.masked_fill(~context.live, -torch.inf)

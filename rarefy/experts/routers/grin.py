@@ -13,7 +13,7 @@ from rarefy.core.records import Context, Paper, Routing, Scores
 from rarefy.core.roles import Choice
 from rarefy.experts.balance.switch_balance import LoadBalance
 from rarefy.experts.routers.sparse_mixer import near_best
-from rarefy.experts.routing import per_row, probabilities, row_major
+from rarefy.experts.routing import at_most, need_k, probabilities, row_major
 
 
 def heun(p: Tensor, whole: Tensor, gain: float) -> Tensor:
@@ -80,8 +80,7 @@ class Grin(Choice):
 
     def __call__(self, scores: Scores, context: Context) -> Routing:
         z = scores.logits.float()
-        if not 1 <= self.k <= z.shape[1]:
-            raise BadInput(f"k = {self.k} with {z.shape[1]} experts", "a row takes between one and all of the experts", "choose k in 1..E")
+        need_k(self.k, z.shape[1])
         left = torch.ones_like(z, dtype=torch.bool) if context.live is None else context.live.expand_as(z)
         experts, weights = [], []
         for _ in range(self.k):
@@ -104,4 +103,4 @@ class Grin(Choice):
         return sampled, heun(chosen, (sampled == best) | (torch.rand_like(chosen) < self.chance), self.gain)
 
     def invariants(self, routing: Routing, scores: Scores, context: Context) -> dict[str, bool]:
-        return {f"at most {self.k} experts per row": bool((per_row(routing) <= self.k).all())}
+        return at_most(self.k, routing)

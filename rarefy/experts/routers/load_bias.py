@@ -14,7 +14,7 @@ from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Entry, Paper, Routing, Scores
 from rarefy.core.roles import Affinity, Choice, Controller
 from rarefy.experts.routers.linear import Linear
-from rarefy.experts.routing import per_row, ranked, row_major
+from rarefy.experts.routing import at_most, need_k, ranked, row_major
 
 
 class Biased(Affinity):
@@ -99,8 +99,7 @@ class BiasedTopK(Choice):
 
     def __call__(self, scores: Scores, context: Context) -> Routing:
         s = scores.logits.float().sigmoid()
-        if not 1 <= self.k <= s.shape[1]:
-            raise BadInput(f"k = {self.k} with {s.shape[1]} experts", "a row takes between one and all of the experts", "choose k in 1..E")
+        need_k(self.k, s.shape[1])
         seen = scores.logits.float() if scores.select is None else scores.select
         if context.live is not None:
             seen = seen.masked_fill(~context.live, finfo(seen.dtype).min)
@@ -108,7 +107,7 @@ class BiasedTopK(Choice):
         return row_major(scores, context, expert, s.gather(1, expert))
 
     def invariants(self, routing: Routing, scores: Scores, context: Context) -> dict[str, bool]:
-        return {f"at most {self.k} experts per row": bool((per_row(routing) <= self.k).all())}
+        return at_most(self.k, routing)
 
 
 def violation(load: Tensor) -> float:

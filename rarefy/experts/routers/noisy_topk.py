@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Paper, Routing, Scores
 from rarefy.core.roles import Affinity, Choice
 from rarefy.experts.balance.importance import Importance
 from rarefy.experts.balance.smooth_load import SmoothLoad
-from rarefy.experts.routing import dense, per_row, ranked, row_major
+from rarefy.experts.routing import dense, need_k, per_row, ranked, row_major
 
 
 class NoisyLinear(Affinity):
@@ -74,8 +73,7 @@ class NoisyTopK(Choice):
 
     def __call__(self, scores: Scores, context: Context) -> Routing:
         noisy = scores.logits if scores.select is None else scores.select
-        if not 1 <= self.k <= noisy.shape[1]:
-            raise BadInput(f"k = {self.k} with {noisy.shape[1]} experts", "a row takes between one and all of the experts", "choose k in 1..E")
+        need_k(self.k, noisy.shape[1])
         if context.live is not None:
             noisy = noisy.masked_fill(~context.live, torch.finfo(noisy.dtype).min)
         value, expert = (t[:, : self.k] for t in ranked(noisy)[:2])

@@ -14,7 +14,7 @@ from rarefy.core.roles import Choice
 from rarefy.experts.balance.mean_entropy import MeanEntropy
 from rarefy.experts.banks.relu import ReLU
 from rarefy.experts.routers.linear import Linear
-from rarefy.experts.routing import per_row, row_major
+from rarefy.experts.routing import at_most, need_k, row_major
 
 
 @torch.no_grad()
@@ -79,8 +79,7 @@ class Sigmoid(Choice):
 
     def __call__(self, scores: Scores, context: Context) -> Routing:
         z = scores.logits
-        if not 1 <= self.k <= z.shape[1]:
-            raise BadInput(f"k = {self.k} with {z.shape[1]} experts", "a row takes between one and all of the experts", "choose k in 1..E")
+        need_k(self.k, z.shape[1])
         out = self._out_of_reach(z, context)
         # The stable sort of what is out of reach goes second: a logit may itself be as low as -inf.
         order = z.detach().argsort(dim=-1, stable=True, descending=True)
@@ -89,7 +88,7 @@ class Sigmoid(Choice):
         return row_major(scores, context, expert, z.gather(1, order).sigmoid())
 
     def invariants(self, routing: Routing, scores: Scores, context: Context) -> dict[str, bool]:
-        return {f"at most {self.k} experts per row": bool((per_row(routing) <= self.k).all())}
+        return at_most(self.k, routing)
 
     def _out_of_reach(self, z: Tensor, context: Context) -> Tensor:
         """[R, E], True where an expert may not be chosen."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, finfo
+from torch import Tensor
 
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Paper, Routing, Scores
 from rarefy.core.roles import Choice
-from rarefy.experts.routing import per_row, ranked, row_major
+from rarefy.experts.routing import at_most, need_k, ranked, real_rows, row_major
 
 
 def prices(logits: Tensor, real: Tensor, rounds: int) -> Tensor:
@@ -70,15 +70,12 @@ class Sinkhorn(Choice):
 
     def __call__(self, scores: Scores, context: Context) -> Routing:
         z = scores.logits.float()
-        if not 1 <= self.k <= z.shape[1]:
-            raise BadInput(f"k = {self.k} with {z.shape[1]} experts", "a row takes between one and all of the experts", "choose k in 1..E")
-        seen = z.detach() if context.live is None else z.detach().masked_fill(~context.live, finfo(z.dtype).min)
+        need_k(self.k, z.shape[1])
+        seen = z.detach() if context.live is None else z.detach().masked_fill(~context.live, -torch.inf)
         if context.training:
-            real = torch.ones(len(z), dtype=torch.bool, device=z.device) if context.valid is None else context.valid.reshape(-1)
-            open_ = seen if context.live is None else seen.masked_fill(~context.live, -torch.inf)
-            seen = seen + prices(open_, real, self.rounds)
+            seen = seen + prices(seen, real_rows(seen, context.valid), self.rounds)
         expert = ranked(seen)[1][:, : self.k]
         return row_major(scores, context, expert, z.gather(1, expert).sigmoid())
 
     def invariants(self, routing: Routing, scores: Scores, context: Context) -> dict[str, bool]:
-        return {f"at most {self.k} experts per row": bool((per_row(routing) <= self.k).all())}
+        return at_most(self.k, routing)

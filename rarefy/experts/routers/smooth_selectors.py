@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Paper, Routing, Scores
 from rarefy.core.roles import Affinity, Choice
-from rarefy.experts.routing import dense, positive
+from rarefy.experts.routing import dense, positive, real_rows
 
 
 def smooth_step(t: Tensor, gamma: float = 1.0) -> Tensor:
@@ -62,7 +62,7 @@ class _Gate(nn.Module):
 
     def _losses(self, r: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
         """Means over the rows that are not padding, sums over selectors."""
-        real = r.new_ones(len(r)) if valid is None else valid.reshape(-1).to(r)
+        real = real_rows(r, valid)
 
         def mean(each: Tensor) -> Tensor:
             return (each.sum(-1) * real).sum() / real.sum().clamp(min=1)

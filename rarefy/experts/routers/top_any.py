@@ -15,7 +15,7 @@ from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Entry, Paper, Routing, Scores
 from rarefy.core.roles import Affinity, Choice, Controller
 from rarefy.experts.balance.switch_balance import valid_rows
-from rarefy.experts.routing import per_row, row_major
+from rarefy.experts.routing import per_row, real_rows, row_major
 
 
 class Thresholds(Affinity):
@@ -188,6 +188,7 @@ class TopAny(Choice):
         return torch.arange(seen.shape[1], device=seen.device) == seen.max(1, keepdim=True).indices
 
     def invariants(self, routing: Routing, scores: Scores, context: Context) -> dict[str, bool]:
-        served, real = per_row(routing), torch.ones(routing.items, dtype=torch.bool) if context.valid is None else context.valid
+        served = per_row(routing)
+        real = real_rows(served, context.valid)
         some = context.live is None or bool(context.live.any())
         return {"outside training every row has an expert": context.training or not some or bool((served[real] > 0).all())}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Routing, Scores
 from rarefy.core.roles import Choice
 from rarefy.experts.balance.switch_balance import LoadBalance
 from rarefy.experts.overflow.capacity import Capacity
-from rarefy.experts.routing import per_row, probabilities, ranked, row_major
+from rarefy.experts.routing import at_most, need_k, probabilities, ranked, row_major
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,11 @@ class TopK(Choice):
 
     def __call__(self, scores: Scores, context: Context) -> Routing:
         p = probabilities(scores.logits, context.live)
-        if not 1 <= self.k <= p.shape[1]:
-            raise BadInput(f"k = {self.k} with {p.shape[1]} experts", "a row takes between one and all of the experts", "choose k in 1..E")
+        need_k(self.k, p.shape[1])
         weight, expert = (t[:, : self.k] for t in ranked(p)[:2])
         if self.renormalise:
             weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-20)
         return row_major(scores, context, expert, weight)
 
     def invariants(self, routing: Routing, scores: Scores, context: Context) -> dict[str, bool]:
-        return {f"at most {self.k} experts per row": bool((per_row(routing) <= self.k).all())}
+        return at_most(self.k, routing)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rarefy.core.exact import split_budget
 from rarefy.core.records import Units
 from rarefy.core.roles import Allocation
+from rarefy.weights.allocations.shares import by_wish
 
 
 @dataclass(frozen=True)
@@ -34,5 +34,4 @@ class Balanced(Allocation):
     monotone: ClassVar[bool] = True
 
     def counts(self, units: Sequence[Units], budget: int) -> dict[str, int]:
-        split = split_budget([1.0] * len(units), budget, floors=[u.floor for u in units], caps=[u.limit for u in units])
-        return dict(zip((u.name for u in units), split, strict=True))
+        return by_wish(units, [1.0] * len(units), budget)

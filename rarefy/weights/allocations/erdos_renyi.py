@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rarefy.core.exact import split_budget
 from rarefy.core.records import Units
 from rarefy.core.roles import Allocation
-
-
-def _split(units: Sequence[Units], wishes: Sequence[float], budget: int) -> dict[str, int]:
-    split = split_budget(wishes, budget, floors=[u.floor for u in units], caps=[u.limit for u in units])
-    return dict(zip((u.name for u in units), split, strict=True))
+from rarefy.weights.allocations.shares import by_wish
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,7 @@ class ER(Allocation):
     name = "er"
 
     def counts(self, units: Sequence[Units], budget: int) -> dict[str, int]:
-        return _split(units, [(u.shape[0] + _inputs(u)) * u.numel / max(u.shape[0] * _inputs(u), 1) for u in units], budget)
+        return by_wish(units, [(u.shape[0] + _inputs(u)) * u.numel / max(u.shape[0] * _inputs(u), 1) for u in units], budget)
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ class ERK(Allocation):
     name = "erk"
 
     def counts(self, units: Sequence[Units], budget: int) -> dict[str, int]:
-        return _split(units, [float(sum(u.shape)) if u.numel else 0.0 for u in units], budget)
+        return by_wish(units, [float(sum(u.shape)) if u.numel else 0.0 for u in units], budget)
 
 
 def _inputs(unit: Units) -> int:

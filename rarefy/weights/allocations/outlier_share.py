@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import BadInput
-from rarefy.core.exact import split_budget
 from rarefy.core.records import Paper, Recipe, Units
 from rarefy.core.roles import Allocation
 from rarefy.weights.allocations.global_scores import scores_of
+from rarefy.weights.allocations.shares import by_wish
 from rarefy.weights.criteria.wanda import Wanda
 from rarefy.weights.patterns.unstructured import PerRow
 from rarefy.weights.solvers.keep import Keep
@@ -75,8 +75,7 @@ class OutlierShare(Allocation):
         offsets = self._offsets(units, scores)
         density = budget / max(sum(u.numel for u in units), 1)
         wishes = [u.numel * min(max(density + offsets[block_of(u.name)], 0.0), 1.0) for u in units]
-        split = split_budget(wishes, budget, floors=[u.floor for u in units], caps=[u.limit for u in units])
-        return dict(zip((u.name for u in units), split, strict=True))
+        return by_wish(units, wishes, budget)
 
     def _offsets(self, units: Sequence[Units], scores: Mapping[str, Tensor]) -> dict[str, float]:
         """{block: density above the mean}, zero on average over the weights."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rarefy.core.exact import split_budget
 from rarefy.core.records import Units
 from rarefy.core.roles import Allocation
+from rarefy.weights.allocations.shares import by_wish
 
 
 def falling_factor(sizes: Sequence[int], budget: float) -> float:
@@ -49,5 +49,4 @@ class Pyramidal(Allocation):
     def counts(self, units: Sequence[Units], budget: int) -> dict[str, int]:
         r = falling_factor([u.numel for u in units], budget)
         wishes = [u.numel * r ** (depth + 1) for depth, u in enumerate(units)]
-        split = split_budget(wishes, budget, floors=[u.floor for u in units], caps=[u.limit for u in units])
-        return dict(zip((u.name for u in units), split, strict=True))
+        return by_wish(units, wishes, budget)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rarefy.core.exact import split_budget
 from rarefy.core.records import Units
 from rarefy.core.roles import Allocation
+from rarefy.weights.allocations.shares import by_wish
 
 
 @dataclass(frozen=True)
@@ -23,5 +23,4 @@ class Uniform(Allocation):
     name = "uniform"
 
     def counts(self, units: Sequence[Units], budget: int) -> dict[str, int]:
-        split = split_budget([u.numel for u in units], budget, floors=[u.floor for u in units], caps=[u.limit for u in units])
-        return dict(zip((u.name for u in units), split, strict=True))
+        return by_wish(units, [u.numel for u in units], budget)
