@@ -82,12 +82,14 @@ def _twice(block: nn.Module) -> Chain:
 @torch.no_grad()
 def searches_in_place(sharing: Sharing) -> None:
     """The second block's densities are those of the search on it alone, given what the dense first block returns."""
-    model = chain()
-    sizes = {name: m.weight.numel() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    found = sharing.densities(model, sizes, 0.5, SEEN)
-    first = {name: size for name, size in sizes.items() if name.startswith("blocks.0.")}
-    want = GreedyBlocks().densities(_twice(model.blocks[1]), first, 0.5, [model.blocks[0](x) for x in SEEN])
-    assert {name: found[name.replace("blocks.0.", "blocks.1.")] for name in first} == want
+    for factor in (1, 100):  # of the first block's own share in what it returns
+        model = chain()
+        model.blocks[0].mlp.down.weight.mul_(factor)
+        sizes = {name: m.weight.numel() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        found = sharing.densities(model, sizes, 0.5, SEEN)
+        first = {name: size for name, size in sizes.items() if name.startswith("blocks.0.")}
+        want = GreedyBlocks().densities(_twice(model.blocks[1]), first, 0.5, [model.blocks[0](x) for x in SEEN])
+        assert {name: found[name.replace("blocks.0.", "blocks.1.")] for name in first} == want
 
 
 class OnTheInputs(Sharing):
