@@ -145,7 +145,7 @@ class ByAngleSigmoid(Choice):
     controllers = (KeepLengths(),)
 
     def __call__(self, scores: Scores, context: Context) -> Routing:
-        return Sigmoid(1)(scores, context)
+        return Sigmoid(1, dropout=0.0)(scores, context)
 
     def invariants(self, routing: Routing, scores: Scores, context: Context) -> dict[str, bool]:
         return Switch().invariants(routing, scores, context)
