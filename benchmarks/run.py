@@ -14,17 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-if "avx2" in sys.argv:  # torch reads these as it is imported
-    os.environ.update(AVX2)
+import torch
 
-import torch  # noqa: E402
+from benchmarks import decode, products, quality
+from rarefy.kernels.library import describe, instruction_set
+from rarefy.probes.roofline import roofline
+from rarefy.runtime.choose import processor
 
-from benchmarks import decode, products, quality  # noqa: E402
-from rarefy.kernels.library import describe, instruction_set  # noqa: E402
-from rarefy.probes.roofline import roofline  # noqa: E402
-from rarefy.runtime.choose import processor  # noqa: E402
-
+# What holds torch to an instruction set: it reads them as it is imported.
+HELD = {"avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}}
 HERE = Path(__file__).parent
 WHAT = ["products", "quality", *(f"decode-{name}" for name in decode.RACES)]
 
@@ -50,8 +48,10 @@ def main() -> None:
     parser.add_argument("what", nargs="*", default=WHAT, choices=WHAT)
     parser.add_argument("--models", default="out/benchmarks", help="where the models that race are kept")
     parser.add_argument("--max-load", type=float, default=0.3, help="refuse above this load a core")
-    parser.add_argument("--isa", choices=["avx2"], help="hold our kernels and torch's to this instruction set; products only")
+    parser.add_argument("--isa", choices=list(HELD), help="hold our kernels and torch's to this instruction set; products only")
     asked = parser.parse_args()
+    if asked.isa is not None and HELD[asked.isa].items() - os.environ.items():
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.run", *sys.argv[1:]], {**os.environ, **HELD[asked.isa]})
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     if load > asked.max_load:
         sys.exit(f"a load of {load:.2f} a core is above {asked.max_load:g}: wait until the machine is quiet")

@@ -132,17 +132,18 @@ def test_no_speed_behind_a_wrong_skip(monkeypatch):
 @pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q8_0", "q4_K"])
 def test_llama_cpps_kernels_compute_what_their_types_round_to(kind):
     pytest.importorskip("llama_cpp", reason="llama.cpp is a peer: pip install llama-cpp-python to compare")
-    from rarefy.probes.ggml import GgmlMatrix
+    from rarefy.probes.ggml import GgmlMatrix, quantised
 
     weight = torch.randn(48, 256, generator=torch.Generator().manual_seed(0))
-    matrix = GgmlMatrix(weight, kind)
-    assert (matrix.dense() - weight).norm() < 0.1 * weight.norm()
+    codes = quantised(weight, kind)
+    matrix = GgmlMatrix(codes)
+    assert (codes.dense() - weight).norm() < 0.1 * weight.norm()
     for batch in (1, 5, 1):
         x = torch.randn(batch, 256)
-        want = x @ matrix.dense().t()
+        want = x @ codes.dense().t()
         assert (matrix.linear(x) - want).norm() < 0.02 * want.norm()
     with pytest.raises(BadInput, match="blocks of 32 columns"):
-        GgmlMatrix(torch.ones(2, 48), kind)
+        quantised(torch.ones(2, 48), kind)
 
 
 def test_without_the_package_the_remedy_is_named(monkeypatch, capsys):

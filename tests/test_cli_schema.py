@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
@@ -36,6 +37,7 @@ VERBS = (
     "bench experts",
     "bench decode",
     "optimize for speed",
+    "optimize and heal",
 )
 
 
@@ -97,6 +99,10 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
         "600",
     ]
     levers = ["--target", "speed", "--bits", "int8", "--recipes", "magnitude", "--allocations", "default", "--calibration", f"{tiny}/text.txt", "--calibration-tokens", "2048"]
+    other = folder / "other.txt"
+    other.write_text(" ".join(random.Random(0).choices(["few", "weights", "stay", "and", "learn"], k=2000)))
+    healing = ["--target", "sparse-speed", "--bits", "none", "--gates", "none", "--heal", "spp", "--heal-tokens", "512", "--recipes", "magnitude"]
+    commands["optimize and heal"] = [tiny, "--max-loss", "50%", "--out", str(folder / "mended"), *healing, "--calibration", str(other), *text]
     commands["optimize for speed"] = [tiny, "--max-loss", "5%", "--out", str(folder / "fast"), *levers, *text]
     found = {}
     for verb, arguments in commands.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,9 @@ def test_the_demo_runs_and_reuses(tiny: str, tmp_path: Path, capsys: pytest.Capt
     assert code == 0, err
     assert first.count("sparsegpt") >= 2 and "over_base" in first and "tokens/s" in first
     assert (tmp_path / "demo" / "model" / "report.html").is_file()
+    sparse = json.loads((tmp_path / "demo" / "sparse" / "optimize.json").read_text())
+    row = next(row for row in sparse["forms"] if row["form"] == sparse["chosen"])
+    assert ("Zeros that pay" in first) == (row["over_base_min"] > 1) and f"{tmp_path}/demo/sparse" in first
     assert first.strip().splitlines()[-1].startswith("report: ")
     assert main(argv) == 0
     again = capsys.readouterr().out

@@ -152,6 +152,8 @@ def test_a_wrong_file_and_options_beside_it_are_one_sentence(tiny: str, tmp_path
         (3, "is not a safetensors file", ["--masks", str(tmp_path / "text")]),
         (2, "no such file", ["--masks", str(tmp_path / "none")]),
         (2, "of shape [2, 2]", ["--masks", str(tmp_path / "small.safetensors")]),
+        (2, "--masks and --density", ["--masks", str(tmp_path / "small.safetensors"), "--density", "0.5"]),
+        (2, "--masks and --calibration-tokens", ["--masks", str(tmp_path / "small.safetensors"), "--calibration-tokens", "64"]),
         (2, "--masks and --pattern", ["--masks", str(tmp_path / "small.safetensors"), "--pattern", "2:4"]),
     ):
         assert main(["prune", tiny, *argv, "--out", str(tmp_path / "out")]) == code, words

@@ -112,5 +112,5 @@ def test_a_broken_part_is_caught(part: Mixture, function: str) -> None:
 
 
 def test_what_a_broken_part_is_made_of_is_sound() -> None:
-    contracts.check(SoftSlots(2))
-    contracts.check(Smear())
+    assert contracts.check(SoftSlots(2)) > 0
+    assert contracts.check(Smear()) > 0

@@ -21,6 +21,7 @@ from rarefy.search import optimize as module
 from rarefy.search.forms import Form, Workshop
 from rarefy.search.optimize import Data, Levers, optimize_for
 from rarefy.search.targets import TARGETS
+from rarefy.surgery.adapters.full import Full
 from rarefy.weights.criteria.magnitude import MAGNITUDE
 from rarefy.weights.optimize import relative_loss
 
@@ -39,7 +40,8 @@ def llama() -> Loaded:
 
 
 def run(out: Path, target: str, max_loss: float = 0.05, levers: Levers = LEVERS, **options: Any) -> dict[str, Any]:
-    return optimize_for(llama(), DATA, TARGETS[target], levers, out, max_loss=max_loss, layout=Chooser((1,), out.parent / "layouts.json"), tokens=2, **options)
+    layout = Chooser((1,), out.parent / "layouts.json")
+    return optimize_for(llama(), DATA, {out: TARGETS[target]}, levers, max_loss=max_loss, layout=layout, tokens=2, **options)[out]
 
 
 def nll(model: Any) -> Tensor:
@@ -83,7 +85,7 @@ def test_the_loss_is_that_of_what_was_stored(tmp_path: Path, monkeypatch: pytest
     record = run(tmp_path / "small", "size", levers=Levers(bits=("int8",), gatings=(CATS,)))
     assert record["chosen"] == "int8, embeddings int8" and not any("cats" in row["form"] for row in record["forms"])  # gates make nothing smaller
     model, dense = load(str(tmp_path / "small")).model, llama().model
-    windows = module.cut(DATA.heldout, DATA.bos)
+    windows = module.cut(DATA.heldout, DATA.bos, DATA.window)
     with torch.no_grad():
         rise = [torch.cat([torch.nn.functional.cross_entropy(m(w[None]).logits[0, :-1], w[1:], reduction="none") for w in windows]) for m in (dense, model)]
     assert record["loss"] == pytest.approx(relative_loss(*rise).value, abs=1e-6) and record["loss"] != 0
@@ -97,6 +99,44 @@ def test_no_budget_keeps_the_dense_model(tmp_path: Path) -> None:
     assert record["loss"] <= 0
 
 
+def test_several_targets_choose_from_the_same_forms(tmp_path: Path) -> None:
+    outs = {tmp_path / name: TARGETS[name] for name in ("size", "sparse-speed", "speed")}
+    records = optimize_for(llama(), DATA, outs, LEVERS, max_loss=0.2, layout=Chooser((1,), tmp_path / "layouts.json"), tokens=2)
+    rows = records[tmp_path / "speed"]["forms"]
+    for out, record in records.items():
+        best = min((row for row in rows if row["ok"]), key=outs[out].cost)
+        assert record["forms"] == rows and record["chosen"] == best["form"]
+        assert json.loads((out / "optimize.json").read_text()) == json.loads(json.dumps(record)) and (out / "README.md").is_file()
+    sparse = next(row for row in rows if row["form"] == records[tmp_path / "sparse-speed"]["chosen"])
+    assert sparse["form"] == sparse["base"] or sparse["over_base_min"] > 1
+    assert {path.name for path in tmp_path.iterdir()} == {"size", "sparse-speed", "speed", "layouts.json"}
+
+
+@pytest.mark.parametrize(("rows", "won"), [([0.9, 0.99], "base"), ([0.9, 1.2, 1.1], 1)])
+def test_sparse_speed_wants_a_form_that_was_faster_in_every_round(rows: list[float], won: Any) -> None:
+    found = [{"form": "base", "over_base_min": 1.0}, *({"form": n, "over_base_min": least} for n, least in enumerate(rows))]
+    assert min(found, key=TARGETS["sparse-speed"].cost)["form"] == won
+
+
+def test_healing_is_a_lever(tmp_path: Path) -> None:
+    training = [window[None] for window in IDS[:256].split(64)]
+    levers = Levers(bits=(), recipes=(MAGNITUDE,), healings=(Full(lr=3e-3),), tolerance=0.2)
+    loaded, out, told = llama(), tmp_path / "out", []
+    before = {key: value.clone() for key, value in loaded.model.state_dict().items()}
+    data = dataclasses.replace(DATA, heldout=IDS[:256], training=training)  # scored on what it trains on: it learns for sure
+    record = optimize_for(loaded, data, {out: TARGETS["size"]}, levers, max_loss=0.0, layout=Chooser((1,), None), tokens=2, progress=lambda *step: told.append(step[2]))[out]
+    assert all(torch.equal(before[key], value) for key, value in loaded.model.state_dict().items())
+    tried = [row for row in record["tried"] if "healed by full" in row["form"]]
+    assert tried and min(row["loss"] for row in tried) < 0 and record["loss"] <= 0
+    healed = next(row for row in record["forms"] if "healed by full" in row["form"])
+    assert healed["density"] < 1 and healed["base"] == "dense" and healed["loss"] == pytest.approx(min(t["loss"] for t in tried if t["form"] == healed["form"]), abs=1e-5)
+    assert any("heal" in label for label in told)
+    with pytest.raises(BadInput, match="healing by full without text"):
+        optimize_for(loaded, DATA, {tmp_path / "no": TARGETS["size"]}, levers, max_loss=0.0, layout=Chooser((1,), None))
+    with pytest.raises(BadInput, match="no target"):
+        optimize_for(loaded, DATA, {}, levers, max_loss=0.0, layout=Chooser((1,), None))
+
+
 def test_a_killed_search_repeats_no_finished_try_and_leaves_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -105,7 +145,7 @@ def test_a_killed_search_repeats_no_finished_try_and_leaves_the_model(tmp_path: 
     before = {key: value.clone() for key, value in loaded.model.state_dict().items()}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module, "_store", stop)
-        optimize_for(loaded, DATA, TARGETS["speed"], LEVERS, out, max_loss=0.05, layout=Chooser((1,), None), tokens=2)
+        optimize_for(loaded, DATA, {out: TARGETS["speed"]}, LEVERS, max_loss=0.05, layout=Chooser((1,), None), tokens=2)
     assert not out.exists() and all(torch.equal(before[key], value) for key, value in loaded.model.state_dict().items()) and not gated(loaded.model)
     again = run(out, "speed")
     assert again["tried"] and all(row["reused"] for row in again["tried"])
@@ -135,7 +175,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="a budget is not negative"):
         run(tmp_path / "out", "speed", max_loss=-0.1)
     with pytest.raises(BadInput, match="1 calibration windows"):
-        optimize_for(llama(), dataclasses.replace(DATA, batches=BATCHES[:1]), TARGETS["speed"], LEVERS, tmp_path / "out", max_loss=0.1, layout=Chooser((1,), None))
+        optimize_for(llama(), dataclasses.replace(DATA, batches=BATCHES[:1]), {tmp_path / "out": TARGETS["speed"]}, LEVERS, max_loss=0.1, layout=Chooser((1,), None))
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("kept")
     with pytest.raises(Refused, match="nothing is overwritten"):

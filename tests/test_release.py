@@ -99,3 +99,8 @@ def test_what_the_main_verbs_add_to_the_import_of_torch_is_under_a_second() -> N
     assert len(ours) < 120, f"{len(ours)} modules of ours are imported"
     best = sorted(ours.values())
     assert sum(best) - best[-1] < 1000, f"{sum(best):.0f} ms; the slowest are {sorted(ours, key=ours.get)[-5:]}"  # one pause of a loaded machine is forgiven
+
+
+def test_the_command_line_starts_without_what_only_some_verbs_need() -> None:
+    loaded = imported("import rarefy.cli.verbs")
+    assert "typer" in loaded and not {"transformers", "sklearn", "scipy", "gguf", "lm_eval", "llama_cpp", "peft"} & set(loaded)

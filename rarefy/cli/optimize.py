@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,12 +13,14 @@ import typer
 from rarefy.cli import names
 from rarefy.cli.arguments import Calibration, CalibrationTokens, Device, Force, Json, Model, Out, Seed, Text, Tokens
 from rarefy.cli.compare import scorer
+from rarefy.cli.heal import count, texts
 from rarefy.cli.loading import check_out, load, need_plain, window
 from rarefy.cli.main import app
 from rarefy.cli.output import bars, err, line, megabytes, show, table
 from rarefy.cli.prune import need_tokenizer, to_device, versions, warn_emptied
 from rarefy.cli.resuming import resumable
 from rarefy.core.discover import pick
+from rarefy.core.errors import BadInput
 from rarefy.core.records import Recipe
 from rarefy.hub.cache import cache_dir
 from rarefy.hub.export import save_dense
@@ -27,11 +30,13 @@ from rarefy.layouts import LAYOUTS
 from rarefy.runtime.choose import Chooser
 from rarefy.search.optimize import Data, Levers, optimize_for
 from rarefy.search.targets import TARGETS, Target
+from rarefy.surgery.adapters import Adaptation
 from rarefy.weights.optimize import optimize as search
 
 EPILOG = (
     "Examples:  rarefy optimize demo --max-loss 5% --out small   ·   rarefy optimize DIR --max-loss 0.02 --recipes sparsegpt --out small --json   ·   "
-    "rarefy optimize demo --target speed --max-loss 5% --out fast"
+    "rarefy optimize demo --target speed --max-loss 5% --out fast   ·   "
+    "rarefy optimize demo --target sparse-speed --bits none --heal spp --heal-tokens 20k --out healed"
 )
 FORMS = ("form", "precision", "density", "loss", "interval", "ok", "file_bytes", "tokens_per_s", "over_base", "spread", "over_dense")
 
@@ -44,10 +49,15 @@ def optimize(
     recipes: Annotated[str, typer.Option(help="Candidates, separated by commas: each is searched over density.")] = "sparsegpt",
     allocations: Annotated[str, typer.Option(help="Allocations to search with each recipe; 'default' is the recipe's own.")] = "default,global",
     target: Annotated[
-        str | None, typer.Option(help="What to win: speed, size or memory, by all levers, measured and packed; default: the sparsest weights, a plain folder.")
+        str | None,
+        typer.Option(
+            help="What to win: speed, size, memory, or sparse-speed (over the same bits with nothing left out), by all levers, measured and packed; default: the sparsest weights, a plain folder."
+        ),
     ] = None,
     bits: Annotated[str, typer.Option(help="With --target: layouts with fewer bits to try, separated by commas; none for none.")] = "int8,int4,int4-asymmetric",
-    gates: Annotated[str, typer.Option(help="With --target speed: gatings to try, each searched over density; none for none.")] = "uniform-threshold",
+    heal: Annotated[str, typer.Option(help="With --target: also heal what each recipe pruned, at every density tried: spp, lors, masked-lora or full; none for none.")] = "none",
+    heal_tokens: Annotated[str, typer.Option(help="With --heal: training tokens a try: 20k, 8192.")] = "20k",
+    gates: Annotated[str, typer.Option(help="With --target speed or sparse-speed: gatings to try, each searched over density; none for none.")] = "uniform-threshold",
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = 8192,
     text: Text = None,
@@ -58,6 +68,8 @@ def optimize(
     as_json: Json = False,
 ) -> None:
     """The sparsest form of a model that loses at most so much, as a plain folder; or (--target) its fastest, smallest or leanest one, packed."""
+    if target is None and _some(heal):
+        raise BadInput(f"--heal {heal} without --target", "only the search for a target heals", f"pass --target {next(iter(TARGETS))}, or run rarefy heal on what is written")
     budget, chosen = names.share(max_loss), candidates(names.listed(recipes), names.listed(allocations))
     check_out(out, model, force=force)
     loaded = load(model, device=device)
@@ -65,12 +77,18 @@ def optimize(
     need_tokenizer(loaded)
     if target is not None:
         wanted = pick(TARGETS, target, "target")
-        levers = Levers(bits=tuple(_some(bits)), recipes=tuple(chosen), gatings=tuple(names.gating(gate) for gate in _some(gates)))
+        levers = Levers(
+            bits=tuple(_some(bits)),
+            recipes=tuple(chosen),
+            healings=tuple(names.part(Adaptation, method) for method in _some(heal)),
+            gatings=tuple(names.gating(gate) for gate in _some(gates)),
+        )
+        training = count(heal_tokens) if levers.healings else None
         for name in levers.bits:
             pick(LAYOUTS, name, "layout")
         with bars(as_json) as progress:
-            found = aim(loaded, wanted, levers, budget, calibration, calibration_tokens, text, tokens, seed, out, force, progress)
-        show({**found, "target": target, "out": out}, as_json, draw_forms)
+            found = aim(loaded, {Path(out): wanted}, levers, budget, calibration, calibration_tokens, text, tokens, training, seed, force, progress)
+        show({**found[Path(out)], "target": target, "out": out}, as_json, draw_forms)
         return
     with bars(as_json) as progress:
         record = run(loaded, budget, chosen, calibration, calibration_tokens, text, tokens, device, seed, out, force, progress)
@@ -122,23 +140,25 @@ def _some(text: str) -> list[str]:
 
 def aim(
     loaded: Loaded,
-    target: Target,
+    targets: Mapping[Path, Target],
     levers: Levers,
     budget: float,
     calibration: str | None,
     calibration_tokens: int,
     text: str | None,
     tokens: int,
+    training: int | None,
     seed: int,
-    out: str,
     force: bool,
     progress: Any,
-) -> dict[str, Any]:
+) -> dict[Path, dict[str, Any]]:
+    """The search on embedded or named texts; `training` is the number of tokens to heal on, of the calibration text that is not held out."""
     room = window(loaded)
     batches = calibration_batches(loaded.tokenizer, calibration_tokens, room, seed, calibration)
-    data = Data(batches, heldout_ids(loaded.tokenizer, tokens, text), loaded.tokenizer.bos_token_id, room)
+    windows, ids = ([], heldout_ids(loaded.tokenizer, tokens, text)) if training is None else texts(loaded, training, calibration, text, tokens, seed)
+    data = Data(batches, ids, loaded.tokenizer.bos_token_id, room, windows)
     chooser = Chooser((1,), cache_dir() / "layouts.json")
-    return optimize_for(loaded, data, target, levers, Path(out), max_loss=budget, layout=chooser, force=force, seed=seed, progress=progress)
+    return optimize_for(loaded, data, targets, levers, max_loss=budget, layout=chooser, force=force, seed=seed, progress=progress)
 
 
 def draw_forms(record: dict[str, Any]) -> None:

@@ -27,6 +27,8 @@ from rarefy.weights.prune import prune as prune_model
 
 MASKS = "masks.safetensors"  # packed bits, one 1-D tensor per site; shapes are in the record
 
+BESIDE_MASKS = {"model", "out", "masks", "dtype", "device", "force", "as_json"}
+
 NAMED = 5  # matrices that a warning names
 
 EPILOG = "Examples:  rarefy prune demo --recipe sparsegpt --density 0.5 --out half   ·   rarefy prune demo --recipe wanda --pattern 2:4 --out two-four --json   ·   rarefy prune demo --masks masks.safetensors --out half"
@@ -34,6 +36,7 @@ EPILOG = "Examples:  rarefy prune demo --recipe sparsegpt --density 0.5 --out ha
 
 @app.command(epilog=EPILOG)
 def prune(
+    context: typer.Context,
     model: Model,
     out: Out,
     recipe: Annotated[str, typer.Option(help="See `rarefy methods`.")] = "sparsegpt",
@@ -59,7 +62,7 @@ def prune(
 ) -> None:
     """Prune a model in one pass and write it as a plain folder with zeros."""
     if masks is not None:
-        _refuse_beside_masks(criterion=criterion, allocation=allocation, pattern=pattern, calibration=calibration, stream=stream, include=include, exclude=exclude)
+        _refuse_beside_masks(context)
         show({**by_masks(model, masks, out, dtype, device, force=force), "out": out}, as_json, _draw)
         return
     chosen = names.recipe(recipe, criterion=criterion, allocation=allocation, pattern=pattern)
@@ -103,10 +106,12 @@ def prune(
     show({**record, "out": out}, as_json, _draw)
 
 
-def _refuse_beside_masks(**others: Any) -> None:
-    for name, given in others.items():
-        if given:
-            raise BadInput(f"--masks and --{name}", "masks say all that is pruned", "pass one of them")
+def _refuse_beside_masks(context: typer.Context) -> None:
+    """BadInput: an option that says what to prune was named, though the masks say it all."""
+    for name in sorted(context.params.keys() - BESIDE_MASKS):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":  # by name: typer brings its own copy of click's enumeration
+            raise BadInput(f"--masks and --{name.replace('_', '-')}", "masks say all that is pruned", "pass one of them")
 
 
 def by_masks(model: str, file: str, out: str, dtype: str | None, device: str, *, force: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ RECORD = "pack.json"
 _SAVE_AGAIN = "dequantize it and save it with rarefy.hub.packed.save_packed"
 
 
-class Packed(nn.Module):
+class Packed(nn.Module, ABC):
     """A matrix whose `weight` is uint8 [bytes]; `bias` is that of the layer it stands for."""
 
     bias: nn.Parameter | None
@@ -46,9 +47,9 @@ class Packed(nn.Module):
         """The weight [out, in], ready to compute with; made again where the bytes were moved or written to."""
         return ops.ready(self.weight, self.layer.layout, self.layer.shape, DTYPES[self.layer.dtype])
 
+    @abstractmethod
     def plain(self) -> nn.Module:
         """The layer that it stands for, dense."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, layout={self.layer.layout}"
@@ -296,14 +297,14 @@ def _ends(model: Any, layout: str | None) -> Iterator[tuple[str, Layer, Tensor, 
         if module is None:
             continue
         weight = matrix(module)
-        key = weight.data_ptr()
-        if key not in found:
+        key, before = weight.data_ptr(), weight.numel() * weight.element_size()
+        tied = key in found
+        if not tied:
             packed = LAYOUTS[layout].pack(weight)
             found[key] = Layer.of(weight, packed, layout), packed
         layer, packed = found[key]
         if module is embedding and not isinstance(LAYOUTS[layout].matrix(packed, layer.shape, weight.dtype), Rows):
             raise BadInput(f"layout {layout} for the embeddings", "single rows cannot be read from it", "pass int8, int4 or flat")
-        before, tied = weight.numel() * weight.element_size(), module is head and head.weight is embedding.weight
         site = {"name": f"{paths[module]}.weight", "density": int(torch.count_nonzero(weight)) / weight.numel(), "dense_because": None, "layout": layout}
         yield paths[module], layer, packed, {**site, "bytes_dense": 0 if tied else before, "bytes": 0 if tied else packed.numel(), "error": _error(weight, layer, packed)}
 
@@ -336,9 +337,9 @@ def _pack(path: str, module: Any, chosen: str | Chooser, must: bool, shared: boo
     if must and shared:
         raise Refused(f"the gate on {path}", "its tensor is shared, so that it cannot be stored packed, and plain transformers would run it dense", "untie it or detach the gate")
     if must and reason is not None:
-        reason, plain = None, LAYOUTS[Flat.name].pack(weight)
-        if packed.numel() > plain.numel():
-            layout, packed = Flat.name, plain
+        reason = None
+        if packed.numel() > LAYOUTS[Flat.name].size((weight.shape[0], weight.shape[1]), weight.numel(), weight.dtype):
+            layout, packed = Flat.name, LAYOUTS[Flat.name].pack(weight)
     site = {"name": f"{path}.weight", "density": int(torch.count_nonzero(weight)) / weight.numel(), "bytes_dense": before, "dense_because": reason}
     if reason is not None:
         return None, packed, {**site, "layout": None, "bytes": before, "error": 0.0}

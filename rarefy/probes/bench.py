@@ -22,7 +22,7 @@ from rarefy.kernels.library import native
 from rarefy.layouts import LAYOUTS
 from rarefy.probes import ggml
 from rarefy.probes.roofline import roofline
-from rarefy.probes.timers import busy
+from rarefy.probes.timers import busy, ratio
 from rarefy.weights.patterns import parse_pattern
 
 MEMORY = 1_500_000_000  # bytes that the copies of all weights of one row may take
@@ -174,10 +174,10 @@ def _case(subject: Subject, shape: tuple[int, int], density: float, batches: Seq
         x = torch.randn(batch, shape[1], generator=Generator().manual_seed(seed + 1))
         right = {name: m.right(x) for name, m in made.items()}
         seconds = interleaved({name: m.timed for name, m in made.items() if right[name]}, x, rounds) if right[""] else {}
-        work = Work(ours.timed.size, 4 * batch * sum(shape), batch * kept)
+        work, error = Work(ours.timed.size, 4 * batch * sum(shape), batch * kept), ours.max_abs_err(x)
         for name in peers:
             found = figures(seconds.get(""), seconds.get(name), work)
-            end = {"max_abs_err": ours.max_abs_err(x), **conditions(cached, right[""] and right[name])}
+            end = {"max_abs_err": error, **conditions(cached, right[""] and right[name])}
             yield {"op": "linear", **what, "batch": batch, "dtype": "float32", "peer": name, **found, **end}
 
 
@@ -207,16 +207,12 @@ def stored(name: str, weight: Tensor, memory: int) -> Made:
 
 
 def peer(name: str, weight: Tensor, memory: int) -> Made:
-    """A peer by name: of PEERS, a layout, or one of llama.cpp's types.
-
-    Raises:
-        BadInput: none of them.
-    """
+    """A peer by a name that `known` has seen: of PEERS, a layout, or one of llama.cpp's types."""
     if name in LAYOUTS:
         return stored(name, weight, memory)
     if name in ggml.NAMES:
-        first = ggml.GgmlMatrix(weight, ggml.NAMES[name])
-        return Made(contestant(lambda: ggml.GgmlMatrix(weight, ggml.NAMES[name]).linear, first.size, memory), first.dense(), False)
+        codes = ggml.quantised(weight, ggml.NAMES[name])
+        return Made(contestant(lambda: ggml.GgmlMatrix(codes).linear, codes.size, memory), codes.dense(), False)
     return Made(contestant(lambda: PEERS[name](weight.clone()), weight.numel() * weight.element_size(), memory), weight, True)
 
 
@@ -256,10 +252,9 @@ def figures(ours: list[float] | None, peer: list[float] | None, work: Work) -> d
     """What a row says of two contestants' seconds and the work that ours does."""
     if ours is None or peer is None:
         return dict.fromkeys(("ratio", "ratio_min", "ratio_max", "ours_us", "peer_us", "gb_per_s", "roofline"))
-    ratios = [b / a for a, b in zip(ours, peer, strict=True)]
     took = statistics.median(ours)
     reached = {"gb_per_s": work.weights / took / 1e9, "roofline": roofline().share(work.weights + work.vectors, work.macs, took)}
-    return {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "ours_us": took * 1e6, "peer_us": statistics.median(peer) * 1e6, **reached}
+    return {**ratio(peer, ours), "ours_us": took * 1e6, "peer_us": statistics.median(peer) * 1e6, **reached}
 
 
 def conditions(cached: bool, right: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from rarefy.core.errors import BadInput
 from rarefy.probes.perplexity import bootstrap
 from rarefy.probes.racers.racer import Racer
-from rarefy.probes.timers import busy
+from rarefy.probes.timers import busy, ratio
 
 WINDOW = 256  # tokens that are scored from an empty cache, BOS included
 
@@ -65,14 +65,14 @@ def rounds_of(racers: Sequence[Racer], prompt: Tensor, tokens: int, rounds: int,
     return seconds
 
 
-def cut(ids: Tensor, bos: int | None = None) -> list[Tensor]:
-    """Windows of at most 256 tokens, each beginning with BOS where there is one; none of a single token.
+def cut(ids: Tensor, bos: int | None = None, window: int = WINDOW) -> list[Tensor]:
+    """Windows of at most `window` tokens, each beginning with BOS where there is one; none of a single token.
 
     >>> [window.tolist() for window in cut(torch.arange(2), bos=9)]
     [[9, 0, 1]]
     """
     head = ids.new_tensor([] if bos is None else [bos])
-    found = [torch.cat([head, part]) for part in ids.split(WINDOW - len(head))]
+    found = [torch.cat([head, part]) for part in ids.split(window - len(head))]
     return [window for window in found if len(window) > 1]
 
 
@@ -84,7 +84,6 @@ def _perplexity(windows: list[Tensor]) -> tuple[float, list[float] | None]:
 
 
 def _row(peer: Racer, peer_seconds: list[float], racer: Racer, seconds: list[float], scored: tuple[float, list[float] | None], warning: str | None) -> dict[str, Any]:
-    ratios = [p / s for p, s in zip(peer_seconds, seconds, strict=True)]
     median = statistics.median(seconds)
     return {
         "op": "decode",
@@ -94,9 +93,7 @@ def _row(peer: Racer, peer_seconds: list[float], racer: Racer, seconds: list[flo
         "density": racer.density,
         "peer": peer.name,
         "claim": "sparsity" if (racer.engine, racer.precision) == (peer.engine, peer.precision) else "engine",
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
+        **ratio(peer_seconds, seconds),
         "ms_per_token": 1e3 * median,
         "tokens_per_s": 1 / median,
         "perplexity": scored[0],

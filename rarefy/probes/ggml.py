@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -76,24 +77,51 @@ def library() -> Any:
     return functions
 
 
-class GgmlMatrix:
-    """A matrix [O, I] in one of llama.cpp's types, and ``y = x W^T`` by its own kernels.
+@dataclass(frozen=True)
+class Quantised:
+    """A matrix [O, I] in one of llama.cpp's types: uint8 [bytes], row by row."""
+
+    kind: str
+    bytes: Tensor
+    rows: int
+    columns: int
+
+    @property
+    def size(self) -> int:
+        return self.bytes.numel()
+
+    def dense(self) -> Tensor:
+        """The weights as the type rounds them, [O, I]."""
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        return torch.from_numpy(dequantize(self.bytes.view(self.rows, -1).numpy(), GGMLQuantizationType(TYPES[self.kind])))
+
+
+def quantised(weight: Tensor, kind: str) -> Quantised:
+    """A weight [O, I] by llama.cpp's own quantiser.
 
     Raises:
-        BadInput: a type or a width that llama.cpp has no blocks for.
+        BadInput: a width that the type has no blocks for.
     """
+    (rows, columns), c = weight.shape, library()
+    if columns % (256 if kind.endswith("K") else 32):
+        raise BadInput(f"{kind} of {columns} columns", "llama.cpp quantises blocks of 32 columns, K types of 256", "take another shape or type")
+    w, out = weight.float().contiguous(), torch.empty(rows * c.ggml_row_size(TYPES[kind], columns), dtype=torch.uint8)
+    c.ggml_quantize_chunk(TYPES[kind], w.data_ptr(), out.data_ptr(), 0, rows, columns, None)
+    return Quantised(kind, out, rows, columns)
 
-    def __init__(self, weight: Tensor, kind: str) -> None:
-        self.c, self.rows, self.columns, self.kind = library(), weight.shape[0], weight.shape[1], kind
-        if self.columns % (256 if kind.endswith("K") else 32):
-            raise BadInput(f"{kind} of {self.columns} columns", "llama.cpp quantises blocks of 32 columns, K types of 256", "take another shape or type")
-        self.bytes = _quantised(weight, kind)
-        self.size = self.bytes.numel()
+
+class GgmlMatrix:
+    """``y = x W^T`` by llama.cpp's own kernels, over a copy of the weights."""
+
+    def __init__(self, codes: Quantised) -> None:
+        self.c, self.rows, self.columns, self.kind = library(), codes.rows, codes.columns, codes.kind
         self.buffers: list[Any] = []
         self.weights = self.c.ggml_init(Options(ROOM, None, True))
-        self.tensor = self.c.ggml_new_tensor_2d(self.weights, TYPES[kind], self.columns, self.rows)
+        self.tensor = self.c.ggml_new_tensor_2d(self.weights, TYPES[self.kind], self.columns, self.rows)
         self.buffers.append(self._repacked() or self.c.ggml_backend_alloc_ctx_tensors(self.weights, _backend()))
-        self.c.ggml_backend_tensor_set(self.tensor, self.bytes.data_ptr(), 0, self.size)
+        self.c.ggml_backend_tensor_set(self.tensor, codes.bytes.data_ptr(), 0, codes.size)
         self.graphs: dict[int, tuple[Any, Any, Any, Any]] = {}
 
     def _repacked(self) -> Any:
@@ -128,13 +156,6 @@ class GgmlMatrix:
         self.buffers.append(self.c.ggml_backend_alloc_ctx_tensors(context, _backend()))
         return context, into, out, graph
 
-    def dense(self) -> Tensor:
-        """The weights as the type rounds them, [O, I]."""
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
-
-        return torch.from_numpy(dequantize(self.bytes.view(self.rows, -1).numpy(), GGMLQuantizationType(TYPES[self.kind])))
-
     def __del__(self) -> None:
         for buffer in getattr(self, "buffers", []):
             self.c.ggml_backend_buffer_free(buffer)
@@ -145,14 +166,6 @@ class GgmlMatrix:
 @cache
 def _backend() -> Any:
     return library().ggml_backend_cpu_init()
-
-
-def _quantised(weight: Tensor, kind: str) -> Tensor:
-    """uint8 [bytes]."""
-    w, c = weight.float().contiguous(), library()
-    out = torch.empty(w.shape[0] * c.ggml_row_size(TYPES[kind], w.shape[1]), dtype=torch.uint8)
-    c.ggml_quantize_chunk(TYPES[kind], w.data_ptr(), out.data_ptr(), 0, w.shape[0], w.shape[1], None)
-    return out
 
 
 PREFIX = "llama.cpp-"

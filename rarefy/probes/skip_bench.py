@@ -63,10 +63,11 @@ def _case(
             right = {name: m.right(x) for name, m in made.items()}
             seconds = interleaved({name: m.timed for name, m in made.items() if right[name]}, x, rounds) if right[""] else {}
             needed = float((x != 0).any(0).double().mean())
+            error = made[""].max_abs_err(x)
             work = Work(round(made[""].timed.size * needed), 4 * batch * sum(shape), int((x != 0).sum()) * shape[0])
             head = {"op": "skip", "layout": layout, "pattern": Subject.pattern, "shape": list(shape), "density": int((x != 0).sum()) / x.numel(), "batch": batch}
             for name in peers:
-                end = {"max_abs_err": made[""].max_abs_err(x), **conditions(cached, right[""] and right[name])}
+                end = {"max_abs_err": error, **conditions(cached, right[""] and right[name])}
                 yield {**head, "dtype": "float32", "peer": name, **figures(seconds.get(""), seconds.get(name), work), **end}
 
 

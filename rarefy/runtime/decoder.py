@@ -160,8 +160,9 @@ class Decoder:
         Raises:
             BadInput: a context longer than the model's positions, or an id outside the vocabulary; the cache is as before.
         """
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.sizes.vocab:
-            raise BadInput(f"a token id of {int(ids.max() if int(ids.min()) >= 0 else ids.min())}", f"it is outside the vocabulary of {self.sizes.vocab}")
+        low, high = (int(end) for end in ids.aminmax()) if ids.numel() else (0, 0)
+        if not 0 <= low <= high < self.sizes.vocab:
+            raise BadInput(f"a token id of {high if low >= 0 else low}", f"it is outside the vocabulary of {self.sizes.vocab}")
         sequences, length = ids.shape
         if length == 1 and sequences == len(cache.length) and (valid is None or bool(valid.all())):
             return self._next(ids[:, 0], cache)

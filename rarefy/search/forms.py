@@ -19,7 +19,9 @@ from rarefy.core.records import Gating, Recipe
 from rarefy.core.search import trial
 from rarefy.hub.packed import matrix, packed_kind
 from rarefy.layouts import LAYOUTS
-from rarefy.weights.prune import prune
+from rarefy.surgery.adapters import Adaptation
+from rarefy.surgery.heal import Training, Watch, heal
+from rarefy.weights.prune import describe, prune
 from rarefy.weights.sites import find_sites
 
 HELDOUT = 4  # of so many calibration windows one is kept back, to measure a gating on
@@ -29,7 +31,7 @@ HELDOUT = 4  # of so many calibration windows one is kept back, to measure a gat
 class Form:
     """One way to store and run a model; each part None where nothing is done.
 
-    pruning: recipe and density. bits: layout of the blocks' matrices; embeddings: that of the embedding and the output head.
+    pruning: recipe and density; healing: what learns afterwards. bits: layout of the blocks' matrices; embeddings: that of the embedding and the output head.
     gating: with its density.
 
     >>> str(Form()), str(Form(bits="int4", embeddings="int8"))
@@ -37,32 +39,36 @@ class Form:
     """
 
     pruning: tuple[Recipe, float] | None = None
+    healing: Adaptation | None = None
     bits: str | None = None
     embeddings: str | None = None
     gating: Gating | None = None
 
     def __str__(self) -> str:
-        pruned = None if self.pruning is None else f"{self.pruning[0].name} at {self.pruning[1]:.3g}"
+        pruned = None if self.pruning is None else f"{self.pruning[0].name} ({describe(self.pruning[0].allocation)}) at {self.pruning[1]:.3g}"
+        healed = None if self.healing is None else f"healed by {self.healing.name}"
         gated = None if self.gating is None else f"{self.gating.name} at {self.gating.density:.3g}"
-        return ", ".join(part for part in (pruned, self.bits, self.embeddings and f"embeddings {self.embeddings}", gated) if part) or "dense"
+        return ", ".join(part for part in (pruned, healed, self.bits, self.embeddings and f"embeddings {self.embeddings}", gated) if part) or "dense"
 
     @property
     def base(self) -> Form:
         """What it is held against: the same bits, nothing left out."""
-        return dataclasses.replace(self, pruning=None, gating=None)
+        return dataclasses.replace(self, pruning=None, healing=None, gating=None)
 
 
 @dataclass(frozen=True)
 class Workshop:
-    """What forms are made with: calibration batches, the dense model's statistics of them, a seed."""
+    """What forms are made with: calibration batches, the dense model's statistics of them, windows to heal on, a seed; told of healing's steps."""
 
     batches: Sequence[Any]
     stats: Stats
+    windows: Sequence[Tensor] = ()
     seed: int = 0
+    progress: Watch | None = None
 
     @contextmanager
     def applied(self, model: Any, form: Form) -> Iterator[dict[str, Any]]:
-        """Inside, the model computes as the form says; afterwards every bit is as before. Yields what was recorded: {prune, gating}.
+        """Inside, the model computes as the form says; afterwards every bit is as before. Yields what was recorded: {prune, heal, gating}.
 
         The weights are rounded as the layout rounds them; a layout gives rounded weights back as they are, so that they are stored from here.
         """
@@ -71,6 +77,8 @@ class Workshop:
             if form.pruning is not None:
                 recipe, density = form.pruning
                 record["prune"] = prune(model, [], recipe, density=density, statistics=self.stats, errors=False, seed=self.seed)
+            if form.healing is not None:
+                record["heal"] = heal(model, self.windows, form.healing, training=Training(seed=self.seed), progress=self.progress)
             with torch.no_grad():
                 for weight, layout in _rounded(model, form):
                     weight.copy_(_through(weight, layout))

@@ -1,7 +1,7 @@
 """Optimize for a target: the fastest, smallest or leanest form of a model within a budget of loss.
 
-Forms are found one lever at a time (bits, pruned weights, gated activations), each density by bisection; those that keep
-within the budget are stored, loaded again, and measured against one another in their engine. What is stored is what was measured.
+Forms are found one lever at a time (bits, pruned weights, pruned and healed ones, gated activations), each density by bisection; those
+that keep within the budget are stored, loaded again, and measured against one another in their engine. What is stored is what was measured.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import json
 import shutil
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,10 +32,11 @@ from rarefy.hub.packed import save_packed
 from rarefy.probes.decoding import cut, rounds_of
 from rarefy.probes.perplexity import token_nll
 from rarefy.probes.racers.hosted import Hosted, hosted
-from rarefy.probes.timers import busy
+from rarefy.probes.timers import busy, ratio
 from rarefy.runtime.choose import Chooser
 from rarefy.search.forms import Form, Workshop
-from rarefy.search.targets import Target
+from rarefy.search.targets import TARGETS, Target
+from rarefy.surgery.adapters import Adaptation
 from rarefy.weights.checkpoint import digest
 from rarefy.weights.optimize import relative_loss
 from rarefy.weights.prune import dense_statistics
@@ -48,11 +49,12 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Levers:
-    """What may be done: layouts that round weights, that of the embeddings beside them, recipes and gatings, which are searched over density."""
+    """What may be done: layouts that round weights, that of the embeddings beside them; recipes, what heals each, and gatings, which are searched over density."""
 
     bits: tuple[str, ...] = ("int8", "int4", "int4-asymmetric")
     embeddings: str = "int8"
     recipes: tuple[Recipe, ...] = ()
+    healings: tuple[Adaptation, ...] = ()
     gatings: tuple[Gating, ...] = ()
     tolerance: float = 0.05
     lowest: float = 0.3
@@ -60,20 +62,20 @@ class Levers:
 
 @dataclass(frozen=True)
 class Data:
-    """Calibration batches, held-out ids int64 [N] with the BOS before each window, and tokens a window."""
+    """Calibration batches, held-out ids int64 [N] with the BOS before each window, tokens a window, and windows int64 [1, T] to heal on."""
 
     batches: Sequence[Any]
     heldout: Tensor
     bos: int | None
     window: int = 512
+    training: Sequence[Tensor] = ()
 
 
 def optimize_for(
     loaded: Loaded,
     data: Data,
-    target: Target,
+    targets: Mapping[Path, Target],
     levers: Levers,
-    out: Path,
     *,
     max_loss: float,
     layout: Chooser,
@@ -82,60 +84,66 @@ def optimize_for(
     tokens: int = 32,
     rounds: int = 5,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Write the best form of a model within the budget to `out`; the model in memory is left as it was.
+) -> dict[Path, dict[str, Any]]:
+    """Write the best form of a model within the budget for each target to its folder; the model in memory is left as it was.
 
-    Finished tries are kept beside `out` until it is written, so that a run that was killed does not repeat them.
+    Finished tries are kept beside the first folder until all are written, so that a run that was killed does not repeat them.
 
     Args:
+        targets: {folder: what is won there}; all are chosen from the same measured forms.
         max_loss: relative rise in perplexity over the dense model, 0.05 for 5%; the point estimate decides.
         layout: chooses how matrices without fewer bits are stored.
         tokens, rounds: of the timing, see `rarefy.probes.decoding.race`.
 
     Returns:
-        {max_loss, chosen, loss, interval, forms: [{form, engine, precision, density, loss, interval, ok, file_bytes, model_bytes, ms_per_token, tokens_per_s,
+        {folder: record}, with {max_loss, chosen, loss, interval, forms: [{form, engine, precision, density, loss, interval, ok, file_bytes, model_bytes, ms_per_token, tokens_per_s,
         base, over_base, over_base_min, over_base_max, over_dense}], tried: [{form, loss, interval, ok, reused}], threads, warning}: `forms` are
         measured as they are stored; over_base is the median ratio of the base form's time (the same bits, nothing left out) to the form's.
 
     Raises:
-        BadInput: a negative budget.
+        BadInput: a negative budget, no target, or healing without windows to heal on.
         Refused: as `rarefy.hub.atomic.check_target`.
     """
-    check_target(out, force=force)
-    if max_loss < 0:
-        raise BadInput(f"max_loss {max_loss}", "a budget is not negative", "pass for example 5%")
+    _check(targets, data, levers, max_loss, force)
     note = progress or (lambda done, all, what: None)
     loaded.model.eval()
-    if levers.gatings and target.gates:
+    gates = any(target.gates for target in targets.values())
+    if levers.gatings and gates:
         Workshop(data.batches, {}).split()  # refuse before anything is computed
     stats = collect_all(loaded.model, data.batches, find_sites(loaded.model), dense_statistics(levers.recipes), progress=progress) if levers.recipes else {}
-    drafts = out.parent / f".{out.name}.forms"
+    first = next(iter(targets))
+    drafts = first.parent / f".{first.name}.forms"
     shutil.rmtree(drafts, ignore_errors=True)  # of a run that was killed
-    tries = _Tries(loaded, data, Workshop(data.batches, stats, seed), max_loss, Path(f"{out}.tries.json"), note)
+    tries = _Tries(loaded, data, Workshop(data.batches, stats, data.training, seed, note), max_loss, Path(f"{first}.tries.json"), note)
     try:
-        found = list(dict.fromkeys(_forms(tries, target, levers)))
+        found = list(dict.fromkeys(_forms(tries, levers, gates=gates)))
         folders = [_store(tries, form, drafts / str(number), layout) for number, form in enumerate(found)]
         rows = _measured(found, folders, data, max_loss, tokens, rounds, note)
-        best = min((row for row in rows if row["ok"]), key=target.cost)
-        record = {
-            "max_loss": max_loss,
-            "chosen": best["form"],
-            "loss": best["loss"],
-            "interval": best["interval"],
-            "forms": rows,
-            "tried": tries.rows,
-            "threads": torch.get_num_threads(),
-            "warning": busy(),
-        }
-        with atomic_folder(out, force=force) as draft:
-            for file in folders[rows.index(best)].iterdir():
-                file.rename(draft / file.name)
-            (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-            write_card(draft, loaded.model, _card(best, max_loss, data, packed=bool(json.loads((draft / PACKED).read_text())["packed"])))
+        common = {"forms": rows, "tried": tries.rows, "threads": torch.get_num_threads(), "warning": busy()}
+        records = {}
+        for out, target in targets.items():
+            best = min((row for row in rows if row["ok"]), key=target.cost)
+            records[out] = {"max_loss": max_loss, "chosen": best["form"], "loss": best["loss"], "interval": best["interval"], **common}
+            with atomic_folder(out, force=force) as draft:
+                for file in folders[rows.index(best)].iterdir():
+                    shutil.copy2(file, draft)
+                (draft / RECORD).write_text(json.dumps(records[out], indent=1) + "\n")
+                write_card(draft, loaded.model, _card(best, max_loss, data, packed=bool(json.loads((draft / PACKED).read_text())["packed"])))
         tries.journal.path.unlink(missing_ok=True)
-        return record
+        return records
     finally:
         shutil.rmtree(drafts, ignore_errors=True)
+
+
+def _check(targets: Mapping[Path, Target], data: Data, levers: Levers, max_loss: float, force: bool) -> None:
+    if not targets:
+        raise BadInput("no target", "a search wins something", f"pass one of {', '.join(TARGETS)}")
+    for out in targets:
+        check_target(out, force=force)
+    if max_loss < 0:
+        raise BadInput(f"max_loss {max_loss}", "a budget is not negative", "pass for example 5%")
+    if levers.healings and not data.training:
+        raise BadInput(f"healing by {levers.healings[0].name} without text", "healing trains on windows", "pass windows to heal on")
 
 
 def _card(best: dict[str, Any], max_loss: float, data: Data, *, packed: bool) -> Card:
@@ -148,21 +156,21 @@ def _card(best: dict[str, Any], max_loss: float, data: Data, *, packed: bool) ->
     return Card("optimized", (f"Searched for a form that loses little; chosen, and stored: `{best['form']}`.",), figures, RECORD, packed)
 
 
-def _forms(tries: _Tries, target: Target, levers: Levers) -> Iterator[Form]:
+def _forms(tries: _Tries, levers: Levers, *, gates: bool) -> Iterator[Form]:
     """The forms within the budget, the dense one first; each base before what leaves something out of it."""
     bases = [Form(), *(form for layout in levers.bits if tries.good(form := Form(bits=layout, embeddings=levers.embeddings)))]
     yield from bases
     lowest = Bisect(levers.lowest, 1.0, levers.tolerance)
-    made: list[Callable[[float], Form]] = [partial(_pruned, recipe) for recipe in levers.recipes]
-    made += [partial(_gated, base, gating) for base in (bases if target.gates else ()) for gating in levers.gatings]
+    made: list[Callable[[float], Form]] = [partial(_pruned, recipe, healing) for recipe in levers.recipes for healing in (None, *levers.healings)]
+    made += [partial(_gated, base, gating) for base in (bases if gates else ()) for gating in levers.gatings]
     for at in made:
         density = lowest(lambda d, at=at: tries.good(at(d)))  # type: ignore[misc]
         if density < 1:
             yield at(density)
 
 
-def _pruned(recipe: Recipe, density: float) -> Form:
-    return Form(pruning=(recipe, density))
+def _pruned(recipe: Recipe, healing: Adaptation | None, density: float) -> Form:
+    return Form(pruning=(recipe, density), healing=healing)
 
 
 def _gated(base: Form, gating: Gating, density: float) -> Form:
@@ -181,7 +189,7 @@ class _Tries:
 
     def __post_init__(self) -> None:
         self.dense = self._nll()
-        self.journal = Journal(self.path, digest(self.data.batches, self.dense))
+        self.journal = Journal(self.path, digest(self.data.batches, self.data.training, self.dense))
 
     def good(self, form: Form) -> bool:
         """Whether the form's loss is within the budget, as its weights and gates alone make it; a finished try is not repeated."""
@@ -213,7 +221,7 @@ def _store(tries: _Tries, form: Form, folder: Path, layout: Chooser) -> Path:
 
 def _measured(forms: Sequence[Form], folders: Sequence[Path], data: Data, max_loss: float, tokens: int, rounds: int, note: Progress) -> list[dict[str, Any]]:
     racers = [hosted(str(form), load(str(folder)), "auto") for form, folder in zip(forms, folders, strict=True)]
-    windows = cut(data.heldout, data.bos)
+    windows = cut(data.heldout, data.bos, data.window)  # as the tries were scored
     scores = []
     for number, racer in enumerate(racers):
         note(number, len(racers), f"score {racer.name}")
@@ -225,7 +233,7 @@ def _measured(forms: Sequence[Form], folders: Sequence[Path], data: Data, max_lo
 
 def _row(form: Form, folder: Path, racer: Hosted, loss: Any, max_loss: float, seconds: dict[Form, list[float]]) -> dict[str, Any]:
     took = statistics.median(seconds[form])
-    over_base, over_dense = ([b / a for a, b in zip(seconds[form], seconds[peer], strict=True)] for peer in (form.base, Form()))
+    over_base, over_dense = (ratio(seconds[peer], seconds[form]) for peer in (form.base, Form()))
     return {
         "form": str(form),
         "engine": racer.engine,
@@ -239,8 +247,6 @@ def _row(form: Form, folder: Path, racer: Hosted, loss: Any, max_loss: float, se
         "ms_per_token": 1e3 * took,
         "tokens_per_s": 1 / took,
         "base": str(form.base),
-        "over_base": statistics.median(over_base),
-        "over_base_min": min(over_base),
-        "over_base_max": max(over_base),
-        "over_dense": statistics.median(over_dense),
+        **{key.replace("ratio", "over_base"): value for key, value in over_base.items()},
+        "over_dense": over_dense["ratio"],
     }

@@ -75,7 +75,7 @@ class Sparsifier:
         self.support = Support(self.weights, axes_of(model))
         self.progress = Progress(total=total)
         self.ledger: list[Event] = []
-        self.anchors: dict[str, dict[str, Tensor]] = {}  # {name: the model's tensors at some moment}, see rarefy.weights.rewind
+        self.anchors: dict[str, dict[str, Tensor]] = {}  # {name: the model's tensors at some moment}, see rarefy.weights.actions
         self.generator = torch.Generator().manual_seed(seed)
         self.batches, self.batch_loss = batches, batch_loss
         self.optimizer: Optimizer | None = None
@@ -286,10 +286,7 @@ class Sparsifier:
             return collect_all(self.model, self.batches, self._sites(), [statistic(name) for name in names], loss=self.batch_loss)
 
     def _sites(self) -> list[Site]:
-        axes = axes_of(self.model)
-        return [
-            Site(key, module, name, self.support.shape(key), axes.get(key, tuple(range(w.dim())))) for key, w in self.weights.items() for module, _, name in [key.rpartition(".")]
-        ]
+        return [Site(key, module, name, self.support.shape(key), self.support.axes[key]) for key in self.weights for module, _, name in [key.rpartition(".")]]
 
     def _remask(self) -> None:
         """Choose anew from the criterion, at the steps where the density asks for other counts."""

@@ -19,7 +19,7 @@ class Support:
     """
 
     def __init__(self, weights: Mapping[str, Tensor], axes: Mapping[str, Sequence[int]] | None = None) -> None:
-        self._axes = {key: tuple((axes or {}).get(key, range(w.dim()))) for key, w in weights.items()}
+        self.axes = {key: tuple((axes or {}).get(key, range(w.dim()))) for key, w in weights.items()}
         self.masks = {key: torch.ones(w.shape, dtype=torch.bool, device=w.device) for key, w in weights.items()}
         self.outer: dict[str, Tensor] = {}  # what bounds every later choice; empty: nothing does
 
@@ -43,11 +43,11 @@ class Support:
 
     def read(self, key: str, tensor: Tensor) -> Tensor:
         """A tensor of the key's shape as a view [O, ..., I]."""
-        return tensor.permute(self._axes[key])
+        return tensor.permute(self.axes[key])
 
     def back(self, key: str, tensor: Tensor) -> Tensor:
         """A tensor [O, ..., I] in the order of the key's own axes: the inverse of `read`."""
-        axes = self._axes[key]
+        axes = self.axes[key]
         return tensor.permute(tuple(axes.index(a) for a in range(len(axes))))
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -168,6 +168,5 @@ def _load(path: Path, run: dict[str, Any], model: nn.Module, sparsifier: Sparsif
         index, name = key.split("/", 1)
         moments.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": moments, "param_groups": scalars["groups"]})
-    if "control" in scalars:
-        control.load_state_dict(scalars["control"])
+    control.load_state_dict(scalars["control"])
     torch.set_rng_state(tensors["torch_generator"])

@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import StaticCache
 
 from rarefy.core.errors import BadInput
 from rarefy.hub.engines import use_engine
@@ -21,15 +19,15 @@ from rarefy.layouts import LAYOUTS
 from rarefy.probes.racers.racer import Racer
 from rarefy.probes.racers.torch_int4 import Int4Linear, use_torch_int4
 
-TRANSFORMERS = f"transformers {transformers.__version__}"
+COMPILED, INT4 = ("compiled", "static cache"), "torch's int4 kernel"
 POSITIONS = 512  # of a static cache: each attention reads them all
-Caches = Callable[[Any, int], Any]  # (config, positions) -> what the first call is given as past_key_values
+Caches = Callable[[Any], Any]  # config -> what the first call is given as past_key_values
 
 
 class Hosted:
     """A causal LM of transformers whose cached forwards are timed and scored."""
 
-    def __init__(self, name: str, loaded: Loaded, engine: str, head: str | None = None, cache: Caches = lambda config, positions: None) -> None:
+    def __init__(self, name: str, loaded: Loaded, engine: str, head: str | None = None, cache: Caches = lambda config: None) -> None:
         model = loaded.model
         self.name, self.model, self.engine, self.cache = name, model, engine, cache
         self.tokenizer, self.vocabulary = loaded.tokenizer, model.config.vocab_size
@@ -39,7 +37,7 @@ class Hosted:
 
     @torch.no_grad()
     def time(self, prompt: Tensor, tokens: int) -> float:
-        step = _Steps(self, prompt.shape[1] + tokens + 1)
+        step = _Steps(self)
         following = step(prompt)[:, -1:].argmax(-1)
         began = time.perf_counter()
         for _ in range(tokens):
@@ -48,15 +46,15 @@ class Hosted:
 
     @torch.no_grad()
     def nll(self, windows: Sequence[Tensor]) -> list[Tensor]:
-        logits = (_Steps(self, len(window))(window[None])[0, :-1].double() for window in windows)
+        logits = (_Steps(self)(window[None])[0, :-1].double() for window in windows)
         return [-scores.log_softmax(-1).gather(1, window[1:, None])[:, 0] for window, scores in zip(windows, logits, strict=True)]
 
 
 class _Steps:
     """One sequence through the model, its cache carried from call to call."""
 
-    def __init__(self, racer: Hosted, positions: int) -> None:
-        self.model, self.past, self.seen = racer.model, racer.cache(racer.model.config, positions), 0
+    def __init__(self, racer: Hosted) -> None:
+        self.model, self.past, self.seen = racer.model, racer.cache(racer.model.config), 0
 
     def __call__(self, ids: Tensor) -> Tensor:
         at = torch.arange(self.seen, self.seen + ids.shape[1])
@@ -76,39 +74,43 @@ def native(spec: str, head: str | None) -> Racer:
     return hosted(_called(spec), load(spec), "native", head)
 
 
-def eager(spec: str, head: str | None) -> Racer:
-    _no_head(head)
-    return Hosted(_called(spec), load(spec), f"{TRANSFORMERS}, eager")
+def _plain(spec: str, head: str | None, prepare: Callable[[Any], Any], *words: str) -> Hosted:
+    """The model under transformers, its layers as `prepare` leaves them."""
+    from transformers import __version__
 
-
-def compiled(spec: str, head: str | None) -> Racer:
-    _no_head(head)
-    return _compiled(_called(spec), load(spec), f"{TRANSFORMERS}, compiled, static cache")
-
-
-def torch_int4(spec: str, head: str | None) -> Racer:
-    _no_head(head)
+    if head is not None:
+        raise BadInput(f"head {head!r}", "only the native engine stores the head otherwise than the model", "leave +LAYOUT out, or take @native")
     loaded = load(spec)
-    use_torch_int4(loaded.model)
-    return Hosted(_called(spec), loaded, f"{TRANSFORMERS}, eager, torch's int4 kernel")
+    prepare(loaded.model)
+    return Hosted(_called(spec), loaded, ", ".join([f"transformers {__version__}", *words]))
 
 
-def torch_int4_compiled(spec: str, head: str | None) -> Racer:
-    _no_head(head)
-    loaded = load(spec)
-    use_torch_int4(loaded.model)
-    return _compiled(_called(spec), loaded, f"{TRANSFORMERS}, compiled, static cache, torch's int4 kernel")
+def _compiled(racer: Hosted) -> Racer:
+    from transformers import StaticCache
 
-
-def _compiled(name: str, loaded: Loaded, engine: str) -> Hosted:
-    racer = Hosted(name, loaded, engine, cache=lambda config, positions: StaticCache(config=config, max_cache_len=POSITIONS))
-    loaded.model.forward = torch.compile(loaded.model.forward, dynamic=False)
+    racer.cache = lambda config: StaticCache(config=config, max_cache_len=POSITIONS)
+    racer.model.forward = torch.compile(racer.model.forward, dynamic=False)
     return racer
 
 
-def _no_head(head: str | None) -> None:
-    if head is not None:
-        raise BadInput(f"head {head!r}", "only the native engine stores the head otherwise than the model", "leave +LAYOUT out, or take @native")
+def _as_it_is(model: Any) -> None:
+    pass
+
+
+def eager(spec: str, head: str | None) -> Racer:
+    return _plain(spec, head, _as_it_is, "eager")
+
+
+def compiled(spec: str, head: str | None) -> Racer:
+    return _compiled(_plain(spec, head, _as_it_is, *COMPILED))
+
+
+def torch_int4(spec: str, head: str | None) -> Racer:
+    return _plain(spec, head, use_torch_int4, "eager", INT4)
+
+
+def torch_int4_compiled(spec: str, head: str | None) -> Racer:
+    return _compiled(_plain(spec, head, use_torch_int4, *COMPILED, INT4))
 
 
 def _called(spec: str) -> str:
