@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ def suits(*tensors: Tensor | None) -> bool:
 class Kernel(Protocol):
     """A matrix [O, I] that the extension takes by its `arguments` where it is `fast`."""
 
-    kind: ClassVar[str]
+    kind: str
     rows: int
     columns: int
     fast: bool
