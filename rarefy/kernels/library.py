@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 SWITCH = "RAREFY_NATIVE"  # "off" computes everything in PyTorch
 INSTRUCTION_SETS = ("generic", "avx2", "avx512")
@@ -77,3 +78,29 @@ def suits(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled() and any(t.requires_grad for t in here):
         return False
     return all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in here)
+
+
+class Kernel(Protocol):
+    """A matrix [O, I] that the extension takes by its `arguments` where it is `fast`."""
+
+    kind: str
+    rows: int
+    columns: int
+    fast: bool
+
+    def dense(self) -> Tensor:
+        """The matrix [O, I]."""
+
+    def arguments(self) -> tuple[int, ...]:
+        """What the native side takes a matrix of this kind by."""
+
+
+def product(matrix: Kernel, x: Tensor, bias: Tensor | None, few: float) -> Tensor:
+    """``y = x W^T + b``: x [..., I] -> y [..., O], by the kernel of the matrix's kind where that suits and x has at most `few` rows, else by torch."""
+    batch = x.numel() // max(1, matrix.columns)
+    if not (matrix.fast and batch <= few and suits(x, bias)):
+        return F.linear(x, matrix.dense().to(x.dtype), bias)
+    y = torch.empty(*x.shape[:-1], matrix.rows)
+    compute = getattr(native(), f"{matrix.kind}_linear")
+    compute(*matrix.arguments(), pointer(x), pointer(bias), pointer(y), batch, torch.get_num_threads())
+    return y

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rarefy.core.errors import BadFile
 from rarefy.kernels.bitmask import reference
-from rarefy.kernels.library import native, pointer, suits
+from rarefy.kernels.library import native, pointer, product, suits
 
 FEW = 16  # rows of x up to which the kernel multiplies; above, it unpacks once and the dense product is faster
 
@@ -52,12 +51,7 @@ class BitmaskMatrix:
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``y = x W^T + b``: x [..., I] -> y [..., O], the dense product to rounding (float32 sums in another order)."""
-        batch = x.numel() // self.columns
-        if not (self.fast and batch <= FEW and suits(x, bias)):
-            return F.linear(x, self.dense().to(x.dtype), bias)
-        y = torch.empty(*x.shape[:-1], self.rows)
-        native().bitmask_linear(*self.arguments(), pointer(x), pointer(bias), pointer(y), batch, torch.get_num_threads())  # type: ignore[union-attr]
-        return y
+        return product(self, x, bias, FEW)
 
     kind = "bitmask"
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rarefy.core.errors import BadFile
 from rarefy.kernels.block import reference
-from rarefy.kernels.library import native, pointer, suits
+from rarefy.kernels.library import native, pointer, product, suits
 
 PART = 128  # columns of a row that are counted apart: kPart of kernels.hpp
 MOST = 256  # rows or columns of a block; rows of x above which a dense matrix is worth unpacking
@@ -58,13 +59,8 @@ class BlockMatrix:
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``y = x W^T + b``: x [..., I] -> y [..., O], the dense product to rounding (float32 sums in another order)."""
-        batch = x.numel() // self.columns
-        few = self.values.numel() <= DENSER * self.rows * self.columns or batch <= MOST
-        if not (self.fast and few and suits(x, bias)):
-            return F.linear(x, self.dense().to(x.dtype), bias)
-        y = torch.empty(*x.shape[:-1], self.rows)
-        native().blocks_linear(*self.arguments(), pointer(x), pointer(bias), pointer(y), batch, torch.get_num_threads())  # type: ignore[union-attr]
-        return y
+        few = math.inf if self.values.numel() <= DENSER * self.rows * self.columns else MOST
+        return product(self, x, bias, few)
 
     kind = "blocks"
 

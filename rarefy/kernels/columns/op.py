@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from rarefy.kernels.library import native, pointer, suits
+from rarefy.kernels.library import pointer, product, suits
 
 FEW = 16  # rows of x up to which the kernel multiplies; above, few columns are zero in all of them and torch's product is faster
 
@@ -30,12 +28,7 @@ class ColumnsMatrix:
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``y = x W^T + b``: x [..., I] -> y [..., O]; few rows of x never read a column that is zero in all of them."""
-        batch = x.numel() // self.columns
-        if not (self.fast and batch <= FEW and suits(x, bias)):
-            return F.linear(x, self.dense().to(x.dtype), bias)
-        y = torch.empty(*x.shape[:-1], self.rows)
-        native().columns_linear(*self.arguments(), pointer(x), pointer(bias), pointer(y), batch, torch.get_num_threads())  # type: ignore[union-attr]
-        return y
+        return product(self, x, bias, FEW)
 
     kind = "columns"
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from rarefy.kernels.library import native, pointer, suits
+from rarefy.kernels.library import pointer, product, suits
 
 FEW = 8  # rows of x up to which our kernel is the faster one
 
@@ -33,12 +31,7 @@ class DenseMatrix:
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``y = x W^T + b``: x [..., I] -> y [..., O]."""
-        batch = x.numel() // max(1, self.columns)
-        if not (self.fast and batch <= FEW and suits(x, bias)):
-            return F.linear(x, self.weight.to(x.dtype), bias)
-        y = torch.empty(*x.shape[:-1], self.rows)
-        native().dense_linear(*self.arguments(), pointer(x), pointer(bias), pointer(y), batch, torch.get_num_threads())  # type: ignore[union-attr]
-        return y
+        return product(self, x, bias, FEW)
 
     kind = "dense"
 

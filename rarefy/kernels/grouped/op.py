@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rarefy.core.errors import BadFile
 from rarefy.kernels.bitmask.reference import mask_of
 from rarefy.kernels.grouped import reference
 from rarefy.kernels.grouped.reference import GROUP
-from rarefy.kernels.library import native, pointer, suits
+from rarefy.kernels.library import native, pointer, product
 
 FEW = 16  # rows of x up to which the kernel multiplies; above, the weights are unpacked once and the dense product is faster
 
@@ -64,12 +63,7 @@ class GroupedMatrix:
 
         Few rows of x are rounded to 8 bits in groups of 32 (`reference.rounded`), as llama.cpp does; more are not.
         """
-        batch = x.numel() // self.columns
-        if not (self.fast and batch <= FEW and suits(x, bias)):
-            return F.linear(x, self.dense().to(x.dtype), bias)
-        y = torch.empty(*x.shape[:-1], self.rows)
-        native().grouped_linear(*self.arguments(), pointer(x), pointer(bias), pointer(y), batch, torch.get_num_threads())  # type: ignore[union-attr]
-        return y
+        return product(self, x, bias, FEW)
 
     kind = "grouped"
 

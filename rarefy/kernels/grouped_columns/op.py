@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rarefy.core.errors import BadFile
 from rarefy.kernels.bitmask.reference import mask_of
@@ -13,7 +11,7 @@ from rarefy.kernels.grouped.reference import GROUP
 from rarefy.kernels.grouped.reference import codes_of as codes_by_rows
 from rarefy.kernels.grouped_columns import reference
 from rarefy.kernels.grouped_columns.reference import HEIGHT, strips
-from rarefy.kernels.library import native, pointer, suits
+from rarefy.kernels.library import native, pointer, product
 
 FEW = 16  # rows of x up to which the kernel multiplies, one after the other; above, the weights are unpacked once and the dense product is faster
 
@@ -60,12 +58,7 @@ class GroupedColumnsMatrix:
 
         Few rows of x are rounded to 8 bits as by `GroupedMatrix`; columns whose code of x is 0 are not read, row of x by row.
         """
-        batch = x.numel() // self.columns
-        if not (self.fast and batch <= FEW and suits(x, bias)):
-            return F.linear(x, self.dense().to(x.dtype), bias)
-        y = torch.empty(*x.shape[:-1], self.rows)
-        native().grouped_columns_linear(*self.arguments(), pointer(x), pointer(bias), pointer(y), batch, torch.get_num_threads())  # type: ignore[union-attr]
-        return y
+        return product(self, x, bias, FEW)
 
     kind = "grouped_columns"
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rarefy.core.errors import BadFile
-from rarefy.kernels.library import native, pointer, suits
+from rarefy.kernels.library import native, pointer, product, suits
 from rarefy.kernels.n_m import reference
 
 FEW = 16  # rows of x up to which the kernel multiplies; above, it unpacks once and the dense product is faster
@@ -53,12 +52,7 @@ class NofMMatrix:
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``y = x W^T + b``: x [..., I] -> y [..., O], the dense product to rounding (float32 sums in another order)."""
-        batch = x.numel() // self.columns
-        if not (self.fast and batch <= FEW and suits(x, bias)):
-            return F.linear(x, self.dense().to(x.dtype), bias)
-        y = torch.empty(*x.shape[:-1], self.rows)
-        native().n_of_m_linear(*self.arguments(), pointer(x), pointer(bias), pointer(y), batch, torch.get_num_threads())  # type: ignore[union-attr]
-        return y
+        return product(self, x, bias, FEW)
 
     kind = "n_of_m"
 

@@ -11,12 +11,25 @@ template <class T> T* at(std::uintptr_t address, const char* what) {
   return reinterpret_cast<T*>(address);
 }
 
+template <class T> T* at_or_null(std::uintptr_t address, const char* what) { return address ? at<T>(address, what) : nullptr; }
+
 inline void need(bool holds, const char* rule) {
   if (!holds) throw std::invalid_argument(rule);
 }
 
 inline void shape(rarefy::i64 rows, rarefy::i64 columns) {
   need(rows > 0 && columns > 0 && rows < (rarefy::i64(1) << 31) && columns < (rarefy::i64(1) << 31), "rows and columns must be in [1, 2^31)");
+}
+
+// What every product is given beside its matrix: compute(x [batch, columns], bias [rows] or null, y [batch, rows]), without the interpreter's lock.
+template <class Compute> void product(std::uintptr_t x, std::uintptr_t bias, std::uintptr_t y, rarefy::i64 batch, const Compute& compute) {
+  need(batch >= 0, "a batch is not negative");
+  if (batch == 0) return;
+  const float* in = at<const float>(x, "x");
+  float* out = at<float>(y, "y");
+  const float* add = at_or_null<const float>(bias, "bias");
+  nanobind::gil_scoped_release release;
+  compute(in, add, out);
 }
 
 const rarefy::Kernels* in_use();

@@ -138,7 +138,7 @@ private:
   }
 
   void put(i64 layer, const std::string& where, Linear linear, i64 rows, i64 columns, Address bias) {
-    const float* add = bias ? at<const float>(bias, "bias") : nullptr;
+    const float* add = at_or_null<const float>(bias, "bias");
     if (where == "head") {
       fits(rows, columns, m.vocab, m.hidden);
       need(!add, "the head has no bias");

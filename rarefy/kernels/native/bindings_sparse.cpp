@@ -42,13 +42,9 @@ void blocks_starts(Address counts, Address index, i64 stored, Address starts, i6
 void blocks_linear(Address index, Address starts, Address values, i64 stored, i64 rows, i64 columns, i64 height, i64 width, Address x, Address bias, Address y, i64 batch,
                    int threads) {
   const Blocks w = blocks_of(index, starts, values, stored, rows, columns, height, width);
-  need(batch >= 0, "a batch is not negative");
-  if (batch == 0) return;
-  const float* in = at<const float>(x, "x");
-  float* out = at<float>(y, "y");
-  const float* add = bias ? at<const float>(bias, "bias") : nullptr;
-  nb::gil_scoped_release release;
-  multiply(*in_use(), w, in, add, out, batch, threads);
+  product(x, bias, y, batch, [&](const float* in, const float* add, float* out) {
+    multiply(*in_use(), w, in, add, out, batch, threads);
+  });
 }
 
 void blocks_unpack(Address index, Address starts, Address values, i64 stored, i64 rows, i64 columns, i64 height, i64 width, Address dense, int threads) {
@@ -83,13 +79,9 @@ void n_of_m_check(Address positions, i64 size, i64 rows, i64 columns, int n, int
 
 void n_of_m_linear(Address values, Address positions, i64 rows, i64 columns, int n, int m, Address x, Address bias, Address y, i64 batch, int threads) {
   const NofM w = n_of_m_of(values, positions, rows, columns, n, m);
-  need(batch >= 0, "a batch is not negative");
-  if (batch == 0) return;
-  const float* in = at<const float>(x, "x");
-  float* out = at<float>(y, "y");
-  const float* add = bias ? at<const float>(bias, "bias") : nullptr;
-  nb::gil_scoped_release release;
-  parallel(rows, threads, rows * w.slots(), [&](i64 from, i64 to) { in_use()->n_of_m(w, in, add, out, batch, from, to); });
+  product(x, bias, y, batch, [&](const float* in, const float* add, float* out) {
+    parallel(rows, threads, rows * w.slots(), [&](i64 from, i64 to) { in_use()->n_of_m(w, in, add, out, batch, from, to); });
+  });
 }
 
 void n_of_m_unpack(Address values, Address positions, i64 rows, i64 columns, int n, int m, Address dense, int threads) {

@@ -1,6 +1,7 @@
 // Every thread runs the whole step and computes its share of the rows; a barrier stands where one needs what others wrote.
 // What is cheap (norms, rounding to 8 bits) each thread does for itself, which saves barriers.
 #include "gates.hpp"
+#include "scratch.hpp"
 #include "threads.hpp"
 #include <algorithm>
 #include <cmath>
@@ -10,8 +11,8 @@ namespace rarefy {
 namespace {
 
 struct Scratch { // of one thread
-  std::vector<float> in, gated, filled, units, figures, score;
-  std::vector<std::int8_t> code;
+  std::vector<float> in, gated, filled, units, score;
+  Rounding rounding;
   std::vector<std::uint32_t> sorted;
   std::vector<i64> rows;
   Rounded rounded{};
@@ -136,21 +137,13 @@ private:
   void compute(const Bitmask& w, Share rows, const float* x, const float* bias, float* y, i64 batch) { run.bitmask(w, x, bias, y, batch, rows.from, rows.to); }
   void compute(const NofM& w, Share rows, const float* x, const float* bias, float* y, i64 batch) { run.n_of_m(w, x, bias, y, batch, rows.from, rows.to); }
   void compute(const Blocks& w, Share rows, const float* x, const float* bias, float* y, i64 batch) {
-    run.blocks(w, filled(x, batch, w.columns, w.wide() * w.width), bias, y, batch, rows.from / w.height, (rows.to + w.height - 1) / w.height);
+    run.blocks(w, filled(w, x, batch, mine.filled), bias, y, batch, rows.from / w.height, (rows.to + w.height - 1) / w.height);
   }
   void compute(const Grouped& w, Share rows, const float* x, const float* bias, float* y, i64 batch) {
     run.grouped(w, rounded(x, batch, w.columns), bias, y, batch, rows.from, rows.to);
   }
   void compute(const GroupedColumns& w, Share rows, const float* x, const float* bias, float* y, i64 batch) {
     run.grouped_columns(w, rounded(x, batch, w.columns), bias, y, batch, rows.from / w.height(), (rows.to + w.height() - 1) / w.height());
-  }
-
-  // x [batch, columns] with zeros up to `wide` columns.
-  const float* filled(const float* x, i64 batch, i64 columns, i64 wide) {
-    if (wide == columns) return x;
-    mine.filled.assign(batch * wide, 0.0f);
-    for (i64 r = 0; r < batch; r++) std::memcpy(&mine.filled[r * wide], x + r * columns, columns * sizeof(float));
-    return mine.filled.data();
   }
 
   Share share(i64 rows) const { return {rows, t, all, m.align}; }
@@ -169,10 +162,7 @@ private:
 
   const Rounded& rounded(const float* x, i64 batch, i64 columns) {
     if (mine.rounded_of != x) {
-      const i64 groups = (columns + kGroup - 1) / kGroup;
-      mine.code.resize(batch * groups * kGroup);
-      mine.figures.resize(2 * batch * groups);
-      mine.rounded = {groups, mine.code.data(), mine.figures.data(), mine.figures.data() + batch * groups};
+      mine.rounded = mine.rounding.room(batch, columns);
       run.round(x, batch, columns, mine.rounded);
       mine.rounded_of = x;
     }

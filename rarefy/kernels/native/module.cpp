@@ -1,8 +1,8 @@
 // What Python sees. Every call checks sizes and bounds before a pointer is used: a crafted file reaches these lines.
 #include "bindings.hpp"
+#include "scratch.hpp"
 #include "threads.hpp"
 #include <nanobind/stl/string.h>
-#include <vector>
 
 namespace nb = nanobind;
 using namespace rarefy;
@@ -50,13 +50,9 @@ i64 bitmask_starts(std::uintptr_t bits, i64 bits_size, std::uintptr_t starts, i6
 void bitmask_linear(std::uintptr_t bits, std::uintptr_t starts, std::uintptr_t values, i64 count, i64 rows, i64 columns, std::uintptr_t x, std::uintptr_t bias,
                     std::uintptr_t y, i64 batch, int threads) {
   const Bitmask w = bitmask_of(bits, starts, values, count, rows, columns);
-  need(batch >= 0, "a batch is not negative");
-  if (batch == 0) return;
-  const float* in = at<const float>(x, "x");
-  float* out = at<float>(y, "y");
-  const float* add = bias ? at<const float>(bias, "bias") : nullptr;
-  nb::gil_scoped_release release;
-  parallel(rows, threads, rows * columns, [&](i64 from, i64 to) { current->bitmask(w, in, add, out, batch, from, to); });
+  product(x, bias, y, batch, [&](const float* in, const float* add, float* out) {
+    parallel(rows, threads, rows * columns, [&](i64 from, i64 to) { current->bitmask(w, in, add, out, batch, from, to); });
+  });
 }
 
 void bitmask_unpack(std::uintptr_t bits, std::uintptr_t starts, std::uintptr_t values, i64 count, i64 rows, i64 columns, std::uintptr_t dense, int threads) {
@@ -68,31 +64,21 @@ void bitmask_unpack(std::uintptr_t bits, std::uintptr_t starts, std::uintptr_t v
 
 void grouped_linear(std::uintptr_t codes, std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t present, std::uintptr_t starts, i64 stored, i64 rows, i64 columns,
                     int bits, std::uintptr_t x, std::uintptr_t bias, std::uintptr_t y, i64 batch, int threads) {
-  need(batch >= 0, "a batch is not negative");
   const Grouped w = grouped_of(codes, scale, zero, present, starts, stored, rows, columns, bits);
-  if (batch == 0) return;
-  const float* in = at<const float>(x, "x");
-  float* out = at<float>(y, "y");
-  const float* add = bias ? at<const float>(bias, "bias") : nullptr;
-  nb::gil_scoped_release release;
-  const i64 groups = (columns + kGroup - 1) / kGroup;
-  std::vector<std::int8_t> code(batch * groups * kGroup);
-  std::vector<float> figures(2 * batch * groups);
-  const Rounded rounded{groups, code.data(), figures.data(), figures.data() + batch * groups};
-  current->round(in, batch, columns, rounded);
-  parallel(rows, threads, rows * columns, [&](i64 from, i64 to) { current->grouped(w, rounded, add, out, batch, from, to); });
+  product(x, bias, y, batch, [&](const float* in, const float* add, float* out) {
+    Rounding rounding;
+    const Rounded rounded = rounding.room(batch, columns);
+    current->round(in, batch, columns, rounded);
+    parallel(rows, threads, rows * columns, [&](i64 from, i64 to) { current->grouped(w, rounded, add, out, batch, from, to); });
+  });
 }
 
 void dense_linear(std::uintptr_t weight, i64 rows, i64 columns, std::uintptr_t x, std::uintptr_t bias, std::uintptr_t y, i64 batch, int threads) {
   shape(rows, columns);
-  need(batch >= 0, "a batch is not negative");
-  if (batch == 0) return;
   const Dense w{at<const float>(weight, "weight"), rows, columns};
-  const float* in = at<const float>(x, "x");
-  float* out = at<float>(y, "y");
-  const float* add = bias ? at<const float>(bias, "bias") : nullptr;
-  nb::gil_scoped_release release;
-  parallel(rows, threads, rows * columns, [&](i64 from, i64 to) { current->dense(w, in, add, out, batch, from, to); });
+  product(x, bias, y, batch, [&](const float* in, const float* add, float* out) {
+    parallel(rows, threads, rows * columns, [&](i64 from, i64 to) { current->dense(w, in, add, out, batch, from, to); });
+  });
 }
 
 } // namespace
@@ -114,8 +100,8 @@ Grouped grouped_of(std::uintptr_t codes, std::uintptr_t scale, std::uintptr_t ze
   need(start[0] == 0 && start[rows] == stored, "the groups do not account for the codes");
   return {at<const std::uint8_t>(codes, "codes"),
           at<const std::uint16_t>(scale, "scale"),
-          zero ? at<const std::uint16_t>(zero, "zero") : nullptr,
-          present ? at<const std::uint8_t>(present, "present") : nullptr,
+          at_or_null<const std::uint16_t>(zero, "zero"),
+          at_or_null<const std::uint8_t>(present, "present"),
           start,
           rows,
           columns,

@@ -1,7 +1,7 @@
 // Blocks times rows of x, by several threads: what each of them may write to.
 #pragma once
+#include "scratch.hpp"
 #include "threads.hpp"
-#include <algorithm>
 #include <memory>
 
 namespace rarefy {
@@ -9,17 +9,9 @@ namespace rarefy {
 constexpr i64 kLoop = 4; // rows of x below which they are multiplied one after the other
 
 inline void few(const Kernels& kernels, const Blocks& w, const float* x, const float* bias, float* y, i64 batch, int threads, i64 work) {
-  std::unique_ptr<float[]> padded;
-  if (w.columns % w.width) {
-    const i64 columns = w.wide() * w.width;
-    padded.reset(new float[batch * columns]);
-    for (i64 b = 0; b < batch; b++) {
-      std::copy(x + b * w.columns, x + (b + 1) * w.columns, padded.get() + b * columns);
-      std::fill(padded.get() + b * columns + w.columns, padded.get() + (b + 1) * columns, 0.0f);
-    }
-    x = padded.get();
-  }
-  parallel(w.high(), threads, work, [&](i64 from, i64 to) { kernels.blocks(w, x, bias, y, batch, from, to); });
+  std::vector<float> room;
+  const float* whole = filled(w, x, batch, room);
+  parallel(w.high(), threads, work, [&](i64 from, i64 to) { kernels.blocks(w, whole, bias, y, batch, from, to); });
 }
 
 inline int lanes_of(i64 left) { return left <= 16 ? 16 : left <= 32 ? 32 : int(kColumns); }
