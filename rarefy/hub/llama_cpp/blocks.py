@@ -46,18 +46,27 @@ def weight_of(module: Any) -> Tensor:
     return LAYOUTS[module.layer.layout].unpack(module.weight.detach().cpu(), module.layer.shape, torch.float32)
 
 
+def parse_type(text: str) -> str:
+    """A member of `TYPES`, in any case of letters.
+
+    >>> parse_type("Q8_0")
+    'q8_0'
+
+    Raises:
+        BadInput: no such type.
+    """
+    return pick({name: name for name in TYPES}, text.lower(), "type")
+
+
 def store(module: Any, weight: Tensor, wanted: str = AUTO) -> Stored:
     """The weight of a layer, as `weight_of` has it, in GGUF's bytes.
 
     ``int8``, ``int4`` and ``int4-asymmetric`` have the blocks of Q8_0, Q4_0 and Q4_1: a float16 scale, a float16 smallest value (Q4_1),
     the codes of 32 columns of a row. They are copied, a group that we leave out as one of zeros. Any other weight takes what is asked
     for; with `auto` the first of Q4_0, Q4_1, Q8_0, F16, BF16 and F32 that holds each of its values exactly.
-
-    Raises:
-        BadInput: a type that GGUF files of ours do not have.
+    A width that is no multiple of 32 takes no blocks and is F16 where they were asked for.
     """
-    kind = pick({name: name.upper() for name in TYPES}, wanted, "type")
-    whole = weight.shape[1] % GROUP == 0
+    kind, whole = wanted.upper(), weight.shape[1] % GROUP == 0
     layout = module.layer.layout if isinstance(module, Packed) else None
     narrow = None if whole else f"{weight.shape[1]} columns are no multiple of {GROUP}"
     if layout in SAME and whole:
@@ -77,12 +86,12 @@ def _exact(weight: Tensor, because: str | None) -> Stored:
 
 
 def _tried(weight: Tensor) -> Iterator[Stored]:
-    small = bool(torch.isfinite(weight).all()) and not bool((weight.abs() > HALF).any())
+    small = not bool((weight.abs() > HALF).any())
     if weight.shape[1] % GROUP == 0 and small:
         for layout, kind in SAME.items():
             codes = LAYOUTS[layout].matrix(LAYOUTS[layout].pack(weight), (weight.shape[0], weight.shape[1]), torch.float32)
             yield _held(kind, _copied(codes), weight)
-    for kind in ("F16", "BF16"):
+    for kind in ("F16", "BF16") if small else ("BF16",):
         yield _plain(kind, weight)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rarefy.core.errors import MissingExtra
+from rarefy.core.errors import BadInput, MissingExtra
 from rarefy.hub.atomic import atomic_file
 from rarefy.hub.llama_cpp import places, vocabulary
-from rarefy.hub.llama_cpp.blocks import AUTO, Stored, store, weight_of
+from rarefy.hub.llama_cpp.blocks import AUTO, Stored, parse_type, store, weight_of
 from rarefy.hub.packed import Packed
 
 
@@ -38,10 +39,10 @@ def export_gguf(model: Any, tokenizer: Any, out: str | Path, *, kind: str = AUTO
     Raises:
         MissingExtra: gguf. BadInput: a model that is not exported, by name. Refused: gates, a tokenizer that llama.cpp would read otherwise, or as `rarefy.hub.atomic.atomic_file`.
     """
-    try:
-        from gguf import GGUFWriter
-    except ModuleNotFoundError as error:
-        raise MissingExtra("gguf", "hub") from error
+    check(kind)
+    from gguf import GGUFWriter
+
+    kind = parse_type(kind)
     found = places.architecture(model)
     arch = places.named(model, found)
     with atomic_file(Path(out), force=force) as draft:
@@ -65,11 +66,20 @@ def export_gguf(model: Any, tokenizer: Any, out: str | Path, *, kind: str = AUTO
     return {"format": "gguf", "architecture": arch, "tokenizer": words, "bytes": size, "zeros": _zeros(rows), "tensors": rows}
 
 
+def check(kind: str) -> None:
+    """Raise MissingExtra without gguf, and BadInput for a type that is none: before a model is loaded for it."""
+    if find_spec("gguf") is None:
+        raise MissingExtra("gguf", "hub")
+    parse_type(kind)
+
+
 def _tensors(model: Any, found: places.Architecture, kind: str) -> Iterator[tuple[dict[str, Any], np.ndarray[Any, Any]]]:
     """What is said of each tensor, and its bytes."""
     for place in places.places(model, found):
         packed = isinstance(place.module, Packed) and place.parameter == "weight"
         value = weight_of(place.module) if place.parameter == "weight" else getattr(place.module, place.parameter).detach()
+        if not bool(torch.isfinite(value).all()):
+            raise BadInput(f"{place.key} with NaN or inf", "llama.cpp would compute nothing else from it", "find where it came from")
         stored = store(place.module, value, kind) if value.dim() == 2 else _vector(value)
         yield _row(place.key, place.name, place.module.layer.layout if packed else None, value, stored), places.turn(stored.data, place.heads)
     extra = places.frequencies(model)
@@ -111,5 +121,6 @@ def _most(rows: list[dict[str, Any]]) -> int:
 
 
 def _zeros(rows: list[dict[str, Any]]) -> float:
-    sizes = [(row["density"], math.prod(row["shape"])) for row in rows if len(row["shape"]) == 2]
-    return 1 - sum(density * size for density, size in sizes) / sum(size for _, size in sizes)
+    sizes = [(round(row["density"] * (every := math.prod(row["shape"]))), every) for row in rows if len(row["shape"]) == 2]
+    total = sum(every for _, every in sizes)
+    return (total - sum(kept for kept, _ in sizes)) / total

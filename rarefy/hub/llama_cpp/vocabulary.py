@@ -69,7 +69,10 @@ def _byte_level(writer: Any, state: Mapping[str, Any], merges: Sequence[tuple[st
     steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
     name = SPLITTERS.get(tuple(_splits(step) for step in steps))
     if name is None:
-        raise _refused("a tokenizer that splits text by " + ", ".join(step["type"] for step in steps), f"the splitters that rarefy knows llama.cpp's names of are {', '.join(SPLITTERS.values())}")
+        raise _refused(
+            "a tokenizer that splits text by " + ", ".join(step["type"] for step in steps),
+            f"the splitters that rarefy knows llama.cpp's names of are {', '.join(SPLITTERS.values())}",
+        )
     normaliser = (state["normalizer"] or {"type": None})["type"]
     if normaliser not in (None, NORMALISED.get(name)):
         raise _refused(f"a tokenizer that normalises text by {normaliser}", "llama.cpp would not")
@@ -94,26 +97,37 @@ def _splits(step: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _sentencepiece(writer: Any, state: Mapping[str, Any], tokens: Sequence[str], kinds: list[int], merges: Sequence[tuple[str, ...]]) -> str:
-    prefix = _space_before(state)
-    scores, rank = dict.fromkeys(tokens, -1e9), 0
-    last = None
-    for left, right in merges:
-        made = left + right
-        if made != last and scores[made] > -1e9:
-            raise _refused(f"a tokenizer whose merges into {made!r} have others between them", "llama.cpp orders merges by what they make")
-        if made != last:
-            scores[made], rank, last = float(-rank), rank + 1, made
-    unknown = state["model"]["unk_token"]
+    prefix, order = _space_before(state), _order(merges)
+    if state["model"].get("ignore_merges"):
+        raise _refused("ignore_merges=True of the tokenizer", "llama.cpp merges every word")
     for number, token in enumerate(tokens):
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            kinds[number] = BYTE
-        elif token == unknown:
+        if token == state["model"]["unk_token"]:
             kinds[number] = UNKNOWN
+        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            kinds[number] = BYTE
+        elif kinds[number] == NORMAL and len(token) > 1 and token not in order:
+            raise _refused(f"a tokenizer with the token {token!r}, which no merge makes", "llama.cpp would make it")
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_scores([scores[token] if kind == NORMAL else 0.0 for token, kind in zip(tokens, kinds, strict=True)])
+    writer.add_token_scores([-float(order.get(token, len(order))) if kind == NORMAL else 0.0 for token, kind in zip(tokens, kinds, strict=True)])
     writer.add_add_space_prefix(prefix)
     return "llama"
+
+
+def _order(merges: Sequence[tuple[str, ...]]) -> dict[str, int]:
+    """{token: its place in the order of merges}, since llama.cpp merges what makes the token of the highest score.
+
+    >>> _order([("a", "b"), ("ab", "c"), ("a", "bc")])
+    {'ab': 0, 'abc': 1}
+    """
+    order: dict[str, int] = {}
+    last = None
+    for made in map("".join, merges):
+        if made != last and made in order:
+            raise _refused(f"a tokenizer whose merges into {made!r} have others between them", "llama.cpp orders merges by what they make")
+        order.setdefault(made, len(order))
+        last = made
+    return order
 
 
 def _space_before(state: Mapping[str, Any]) -> bool:
@@ -137,7 +151,7 @@ def _ends(writer: Any, tokenizer: Any) -> None:
         if number is not None:
             add(number)
     plain, full = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
-    begins, ends = full[: 1] == [tokenizer.bos_token_id], full[-1:] == [tokenizer.eos_token_id]
+    begins, ends = full[:1] == [tokenizer.bos_token_id], full[-1:] == [tokenizer.eos_token_id]
     if full != [tokenizer.bos_token_id] * begins + plain + [tokenizer.eos_token_id] * ends:
         raise _refused(f"a tokenizer that makes {len(full)} tokens of {len(plain)}", "llama.cpp puts only BOS before and EOS behind a text")
     writer.add_add_bos_token(begins)
