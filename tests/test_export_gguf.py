@@ -411,7 +411,7 @@ def test_the_command_refuses_in_one_sentence(capsys: pytest.CaptureFixture[str],
     (tmp_path / "empty").mkdir()
     (tmp_path / "there.gguf").write_bytes(b"GGUF")
     cases = {
-        (str(tmp_path / "none"), "--out", target): (2, "no such folder here"),
+        (str(tmp_path / "none"), "--out", target): (2, "is neither an existing folder or .gguf file"),
         (str(tmp_path / "empty"), "--out", target): (3, "is not a model folder"),
         (str(folder), "--out", target, "--type", "q3_k"): (2, "type 'q3_k': known are auto, f16, bf16, f32, q4_0, q4_1, q8_0"),
         (str(folder), "--out", target, "--to", "onnx"): (2, "format 'onnx': known are gguf"),

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from rarefy.core.discover import pick
 from rarefy.hub.packed import Packed
-from rarefy.kernels.grouped import GroupedMatrix
 from rarefy.kernels.grouped.reference import GROUP
 from rarefy.layouts import LAYOUTS
 from rarefy.layouts.bits import unpack_bits
@@ -103,8 +102,8 @@ def _plain(kind: str, weight: Tensor, because: str | None = None) -> Stored:
     return Stored(kind, made.view(torch.uint8).numpy(), error, because)
 
 
-def _copied(codes: GroupedMatrix) -> np.ndarray[Any, Any]:
-    """The groups of a row one after the other: scale, smallest value, codes; bytes [O, G * bytes of a block]."""
+def _copied(codes: Any) -> np.ndarray[Any, Any]:
+    """The groups of a `GroupedMatrix`, row by row: scale, smallest value, codes; bytes [O, G * bytes of a block]."""
     groups = codes.columns // GROUP
     present = unpack_bits(codes.present, groups, "of groups")
     values = codes.codes ^ 128 if codes.bits == 8 else codes.codes  # ours count from the smallest, Q8_0 has a sign

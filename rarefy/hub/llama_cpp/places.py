@@ -141,11 +141,7 @@ def places(model: Any, found: Architecture) -> Iterator[Place]:
 
 
 def _known(module: Any, value: Tensor) -> bool:
-    return value.dim() == 1 and not _packed(module) or _packed(module) or packed_kind(module) in (PackedLinear, PackedEmbedding)
-
-
-def _packed(module: Any) -> bool:
-    return isinstance(module, (PackedLinear, PackedEmbedding))
+    return value.dim() == 1 or packed_kind(module) in (PackedLinear, PackedEmbedding)
 
 
 def turn(rows: Any, heads: int) -> Any:
