@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,7 +31,7 @@ from rarefy.surgery.narrow import narrow
 
 transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
 
 ROWS, TEXT = 320, "the cat 12 sat on the mat, and that is all. "
 TEXTS = ("the cat sat", " that's 1234 mats!", "naïve — 日本", "a\n\n  b")
@@ -53,16 +55,33 @@ def build(family: str = "Llama", **more: Any) -> Any:
     return model
 
 
-def byte_level(*before: Any) -> Any:
+def byte_level(*before: Any, expression: bool = True) -> Any:
     """A byte-level tokenizer with a few merges, BOS in front of every text."""
     raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.Sequence([*before, pre_tokenizers.ByteLevel(add_prefix_space=False)]) if before else pre_tokenizers.ByteLevel(add_prefix_space=False)
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression)
+    raw.pre_tokenizer = pre_tokenizers.Sequence([*before, last]) if before else last
     raw.decoder = decoders.ByteLevel()
     raw.train_from_iterator(
         [TEXT * 3], trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<s>", "</s>"], show_progress=False)
     )
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+
+
+def split(digits: str) -> Any:
+    """The splitter of Llama 3 and of Qwen2, which differ in how they take digits."""
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    return pre_tokenizers.Split(Regex(words), "isolated")
+
+
+def llama3() -> Any:
+    tokenizer = byte_level(split(r"\p{N}{1,3}"), expression=False)
+    tokenizer.backend_tokenizer.model.ignore_merges = True
+    return tokenizer
+
+
+def qwen2() -> Any:
+    return changed(lambda: byte_level(split(r"\p{N}"), expression=False), normalizer=normalizers.NFC())
 
 
 def sentencepiece() -> Any:
@@ -249,9 +268,9 @@ def test_llama_cpp_computes_our_models(tmp_path: Path, llama_cpp: Callable[..., 
 
 def test_llama_cpp_reads_our_codes_and_our_tokenizers(tmp_path: Path, llama_cpp: Callable[..., list[Any]]) -> None:
     model = build()
-    tokenizers = {"gpt-2": byte_level(), "smollm": byte_level(pre_tokenizers.Digits(individual_digits=True)), "spm": sentencepiece()}
+    tokenizers = {"gpt-2": byte_level(), "smollm": byte_level(pre_tokenizers.Digits(individual_digits=True)), "spm": sentencepiece(), "llama-bpe": llama3(), "qwen2": qwen2()}
     files = []
-    for (name, tokenizer), layout in zip(tokenizers.items(), ("int4-asymmetric", "int8", "int4"), strict=True):
+    for (name, tokenizer), layout in zip(tokenizers.items(), ("int4-asymmetric", "int8", "int4", "bitmask", "flat"), strict=True):
         save_packed(model, tokenizer, tmp_path / name, layout)
         packed = load(tmp_path / name)
         files.append((tmp_path / f"{name}.gguf", packed))
@@ -429,3 +448,16 @@ def test_the_command_refuses_in_one_sentence(capsys: pytest.CaptureFixture[str],
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "export", "--help")
     assert code == 0 and "Examples:  rarefy export half-int4 --out half.gguf" in out
+
+
+def test_every_command_of_the_page_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "llama-cpp.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    assert len(commands) == 3
+    for command in commands:
+        assert main(shlex.split(command.replace("MODEL", str(folder)))[1:]) == 0, command
+    assert {t.tensor_type.name for t in gguf.GGUFReader("small.gguf").tensors} == {"Q8_0", "F32"} and {t.tensor_type.name for t in gguf.GGUFReader("half.gguf").tensors} == {
+        "F16",
+        "F32",
+    }
