@@ -33,7 +33,7 @@ transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
 
-ROWS, TEXT = 320, "the cat 12 sat on the mat, and that is all. "
+ROWS, TEXT = 320, "the cat 12 sat on12 the mat, and (12) that is all. "
 TEXTS = ("the cat sat", " that's 1234 mats!", "naïve — 日本", "a\n\n  b")
 IDS = list(range(5, 29))
 MLPS = ("model.layers.0.mlp", "model.layers.1.mlp")
@@ -58,12 +58,14 @@ def build(family: str = "Llama", **more: Any) -> Any:
 def byte_level(*before: Any, expression: bool = True) -> Any:
     """A byte-level tokenizer with a few merges, BOS in front of every text."""
     raw = Tokenizer(models.BPE())
-    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression)
-    raw.pre_tokenizer = pre_tokenizers.Sequence([*before, last]) if before else last
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     raw.train_from_iterator(
         [TEXT * 3], trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<s>", "</s>"], show_progress=False)
     )
+    assert raw.token_to_id("12") is not None  # so that how digits are split shows
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression)
+    raw.pre_tokenizer = pre_tokenizers.Sequence([*before, last]) if before else last
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
 
