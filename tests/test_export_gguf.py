@@ -202,6 +202,15 @@ def test_codes_are_copied_and_sparse_layouts_become_dense(tmp_path: Path, layout
     torch.testing.assert_close(stored(tmp_path / "m.gguf")["blk.1.attn_v.weight"], weight_of(packed.model.layers[1].self_attn.v_proj), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_packed_embeddings_are_written_once_where_they_are_tied(tmp_path: Path, tied: bool) -> None:
+    save_packed(build(tie_word_embeddings=tied), None, tmp_path / "packed", "int4", embeddings="int8")
+    packed = load(tmp_path / "packed").model
+    rows = {row["tensor"]: row for row in export_gguf(packed, None, tmp_path / "m.gguf")["tensors"]}
+    assert ("output.weight" in rows) is not tied and (rows["token_embd.weight"]["type"], rows["token_embd.weight"]["layout"]) == ("Q8_0", "int8")
+    assert torch.equal(stored(tmp_path / "m.gguf")["token_embd.weight"], weight_of(packed.model.embed_tokens))
+
+
 def test_values_that_were_quantised_before_find_their_type_again(tmp_path: Path) -> None:
     model = build()
     save_packed(model, None, tmp_path / "packed", "int8")

@@ -48,8 +48,8 @@ def racers(specs: Iterable[str], lost: Callable[[str], None]) -> list[Racer]:
             dead.append(error)
     if dead and len(found) < 2:
         raise dead[0]
-    for error in dead:
-        lost(str(error))
+    for death in dead:
+        lost(str(death))
     return found
 
 
