@@ -379,19 +379,21 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path: Pa
     assert str(caught.value).endswith("pass --no-tokenizer: llama.cpp then takes token ids.")
 
 
-def test_a_full_disk_leaves_the_old_file_and_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_file_and_no_draft(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
     model, out = build(), tmp_path / "m.gguf"
     export_gguf(model, None, out)
     before = out.read_bytes()
     model.lm_head.weight.data.zero_()
 
-    def full(self: Any, **options: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
-        with pytest.raises(DiskError, match=r"m\.gguf was not written: the disk is full"):
-            export_gguf(model, None, out, force=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for least in (100, len(before) // 2):  # in the header, among the tensors
+        resource.setrlimit(resource.RLIMIT_FSIZE, (least, limits[1]))
+        try:
+            with pytest.raises(DiskError, match=r"m\.gguf was not written: a file of it is larger than this system's limit"):
+                export_gguf(model, None, out, force=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert out.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
     with pytest.raises(Refused, match="nothing is overwritten unasked"):
         export_gguf(model, None, out)

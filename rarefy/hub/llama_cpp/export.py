@@ -19,6 +19,13 @@ from rarefy.hub.llama_cpp.blocks import AUTO, Stored, parse_type, store, weight_
 from rarefy.hub.packed import Packed
 
 
+class Written(np.ndarray):
+    """An array that the file's own writer is asked to write: numpy's `tofile` does not say why the disk took no more."""
+
+    def tofile(self, fid: Any, *rest: Any) -> None:
+        fid.write(np.ascontiguousarray(self))
+
+
 def export_gguf(model: Any, tokenizer: Any, out: str | Path, *, kind: str = AUTO, name: str = "rarefy", force: bool = False) -> dict[str, Any]:
     """Write a Llama-family model, dense or packed, as one GGUF file that llama.cpp loads.
 
@@ -54,7 +61,7 @@ def export_gguf(model: Any, tokenizer: Any, out: str | Path, *, kind: str = AUTO
             for row, stored in _tensors(model, found, kind):
                 rows.append(row)
                 values.append(stored)
-                writer.add_tensor(row["tensor"], stored, raw_dtype=_type(row["type"]))
+                writer.add_tensor(row["tensor"], stored.view(Written), raw_dtype=_type(row["type"]))
             writer.add_file_type(_most(rows))
             writer.add_quantization_version(2)
             writer.write_header_to_file()
