@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from benchmarks.models import make
 from rarefy.hub.load import load
 from rarefy.hub.text import heldout_ids
 from rarefy.probes.decoding import race
-from rarefy.probes.racers import racer
+from rarefy.probes.racers import racers
 
 PROMPT = 8
 
@@ -36,5 +37,5 @@ RACES: dict[str, Race] = {
 def run(name: str, folder: Path, progress: Any) -> list[dict[str, Any]]:
     paths, tokenizer, chosen = make(folder), load("demo").tokenizer, RACES[name]
     ids = heldout_ids(tokenizer, chosen.scored)
-    racers = [racer(spec.format(**paths)) for spec in chosen.racers]
-    return [{"race": name, **row} for row in race(racers, ids[None, :PROMPT], ids, bos=tokenizer.bos_token_id, progress=progress)]
+    running = racers([spec.format(**paths) for spec in chosen.racers], lambda words: print(words, file=sys.stderr))
+    return [{"race": name, **row} for row in race(running, ids[None, :PROMPT], ids, bos=tokenizer.bos_token_id, progress=progress)]

@@ -228,7 +228,7 @@ def test_train_resumes_and_the_catalogue_has_172_rows(capsys: pytest.CaptureFixt
 
 
 def test_help_has_an_example_for_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("prune", "heal", "optimize", "pack", "unpack", "eval", "generate", "bench", "compare", "report", "train", "catalogue", "methods", "cache"):
+    for verb in ("prune", "heal", "optimize", "pack", "unpack", "export", "push", "eval", "generate", "bench", "compare", "report", "train", "catalogue", "methods", "cache"):
         code, text, _ = run(capsys, verb, "--help")
         assert code == 0
         assert f"rarefy {verb}" in " ".join(text.split()), verb

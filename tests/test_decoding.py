@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from rarefy.kernels.library import native
 from rarefy.probes.decoding import WINDOW, _dominates, race
 
 transformers = pytest.importorskip("transformers")
-from rarefy.probes.racers import llama_cpp, racer  # noqa: E402
+from rarefy.probes.racers import Died, llama_cpp, racer, racers  # noqa: E402
 from rarefy.probes.racers.hosted import Hosted, hosted  # noqa: E402
 from rarefy.probes.racers.torch_int4 import Int4Linear, use_torch_int4  # noqa: E402
 
@@ -145,12 +146,65 @@ def test_llama_cpp_is_driven_token_by_token(tmp_path: Path, monkeypatch: pytest.
     package, model = stand_in(llama().model), llama()
     monkeypatch.setitem(sys.modules, "llama_cpp", package)
     monkeypatch.setattr(llama_cpp, "_types", lambda path: "F32 100%")
+    monkeypatch.setattr(llama_cpp, "tried", lambda path: None)  # another process has no stand-in
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     them, us = racer(f"{tmp_path / 'm.gguf'}@llama.cpp"), hosted("plain", model, "transformers")
     windows = [IDS[:9], IDS[9:21]]
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(them.nll(windows), us.nll(windows), strict=True))
     assert them.time(IDS[None, :4], 3) > 0
     assert package.sizes == [9, 12, 4, 1, 1, 1] and package.live == 0
+
+
+def fake_package(folder: Path, monkeypatch: pytest.MonkeyPatch, loading: str) -> None:
+    """A package llama_cpp, here and in other processes, that does something when it loads a model."""
+    (folder / "fake").mkdir()
+    (folder / "fake" / "llama_cpp.py").write_text(
+        f"import os, signal\nfrom pathlib import Path\n__version__ = '0'\nclass Llama:\n    def __init__(self, path, **options):\n        {loading}\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(folder / "fake"))
+    monkeypatch.setitem(sys.modules, "llama_cpp", ModuleType("llama_cpp"))
+    monkeypatch.setattr(llama_cpp, "_types", lambda path: "F32 100%")
+    for name in ("bad", "good"):
+        (folder / f"{name}.gguf").write_bytes(b"GGUF")
+
+
+def test_an_engine_that_dies_is_named_with_its_signal_and_the_others_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from rarefy.cli.main import main
+
+    fake_package(tmp_path, monkeypatch, "'bad' in path and os.kill(os.getpid(), signal.SIGSEGV)")
+    with pytest.raises(
+        Died, match=r"^bad\.gguf@llama\.cpp: llama\.cpp's native code died of SIGSEGV in a trial on this machine, so the race goes on without it; try another build"
+    ):
+        racer(f"{tmp_path / 'bad.gguf'}@llama.cpp")
+    tiny, told = letters(tmp_path / "tiny"), []
+    left = racers([f"{tmp_path / 'bad.gguf'}@llama.cpp", f"{tiny}@transformers", f"{tiny}@transformers"], told.append)
+    assert [each.name for each in left] == ["tiny", "tiny"] and len(told) == 1 and "SIGSEGV" in told[0]
+    with pytest.raises(Died, match="SIGSEGV"):
+        racers([f"{tmp_path / 'bad.gguf'}@llama.cpp", f"{tiny}@transformers"], told.append)
+    models = [part for spec in (f"{tiny}@transformers", f"{tmp_path / 'bad.gguf'}@llama.cpp", f"{tiny}@transformers") for part in ("--model", spec)]
+    capsys.readouterr()
+    code = main(["bench", "--op", "decode", *models, "--rounds", "5", "--tokens", "1", "--scored", "300", "--text", str(tmp_path / "tiny" / "text.txt"), "--json"])
+    out, said = capsys.readouterr()
+    assert code == 0 and [row["engine"].split()[0] for row in json.loads(out)] == ["transformers"] * 2
+    assert [line.split(": ")[0] for line in said.splitlines() if "died of SIGSEGV" in line] == ["bad.gguf@llama.cpp"]
+
+
+def test_a_trial_that_only_fails_is_no_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_package(tmp_path, monkeypatch, "Path(path + '.seen').write_text(''); raise ValueError('no')")
+    llama_cpp.tried(tmp_path / "good.gguf")
+    assert (tmp_path / "good.gguf.seen").exists()
+
+
+def letters(folder: Path) -> str:
+    """A model folder with a letter tokenizer and a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"])}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", unk_token="<unk>").save_pretrained(folder)
+    llama().model.save_pretrained(folder)
+    (folder / "text.txt").write_text("sparse networks choose what to keep " * 40)
+    return str(folder)
 
 
 def stand_in(model) -> ModuleType:

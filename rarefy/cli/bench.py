@@ -75,16 +75,16 @@ def _decode(asked: Asked) -> list[dict[str, Any]]:
         raise BadInput(f"{len(asked.models)} models", "decoding is compared between two or more, the first of which is the peer", "pass --model demo --model DIR")
     from rarefy.hub.text import heldout_ids
     from rarefy.probes.decoding import race
-    from rarefy.probes.racers import racer
+    from rarefy.probes.racers import racers
 
     quiet()
-    racers = [racer(spec) for spec in asked.models]
-    tokenizer = next((each.tokenizer for each in racers if each.tokenizer is not None), None)
+    running = racers(asked.models, lambda words: err.print(words, highlight=False, markup=False, soft_wrap=True))
+    tokenizer = next((each.tokenizer for each in running if each.tokenizer is not None), None)
     if tokenizer is None:
         raise BadInput(", ".join(asked.models), "none of them has a tokenizer for the text that is scored", "name a model folder among them")
     ids = heldout_ids(tokenizer, asked.scored, asked.text)
     with bars(quiet=asked.quiet) as progress:
-        return race(racers, ids[None, :PROMPT], ids, bos=tokenizer.bos_token_id, tokens=asked.tokens, rounds=asked.rounds, progress=progress)
+        return race(running, ids[None, :PROMPT], ids, bos=tokenizer.bos_token_id, tokens=asked.tokens, rounds=asked.rounds, progress=progress)
 
 
 @dataclass(frozen=True)

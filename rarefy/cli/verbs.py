@@ -1,5 +1,5 @@
 """Imports every verb, which registers it on the application."""
 
-from rarefy.cli import bench, catalogue, compare, demo, evaluate, generate, heal, optimize, pack, prune, push, report, train, unpack
+from rarefy.cli import bench, catalogue, compare, demo, evaluate, export, generate, heal, optimize, pack, prune, push, report, train, unpack
 
-__all__ = ["bench", "catalogue", "compare", "demo", "evaluate", "generate", "heal", "optimize", "pack", "prune", "push", "report", "train", "unpack"]
+__all__ = ["bench", "catalogue", "compare", "demo", "evaluate", "export", "generate", "heal", "optimize", "pack", "prune", "push", "report", "train", "unpack"]

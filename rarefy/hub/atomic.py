@@ -1,4 +1,4 @@
-"""A folder appears whole under its name or not at all."""
+"""A folder, or a large file, appears whole under its name or not at all."""
 
 from __future__ import annotations
 
@@ -52,11 +52,56 @@ def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
         _swap(draft, out)
     except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
-        why = no_room(error)
-        if why is not None:
-            free = shutil.disk_usage(out.parent).free
-            raise DiskError(f"{out} was not written", f"{why} ({free / 1e3:,.0f} kB are free)", "free more or name another folder; nothing half-written was left") from error
+        _full(out, error)
         raise
+
+
+def check_file(out: Path, suffix: str, *, force: bool) -> None:
+    """Refused where `out` is a folder, is named like something else than `suffix` says, or is there already (without `force`)."""
+    if out.suffix != suffix:
+        raise Refused(f"--out {str(out)!r}", f"what is written is a file whose name ends in {suffix}", f"name for example {out.stem or 'model'}{suffix}")
+    if out.is_dir():
+        raise Refused(f"{out} is a folder", "what is written is one file", "name a file")
+    if out.exists() and not force:
+        raise Refused(f"{out} exists", "nothing is overwritten unasked", "name another file or pass --force")
+
+
+@contextmanager
+def atomic_file(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield the path of a new file beside `out`; on success it becomes `out`, on any error it is removed and `out` is as before.
+
+    Raises Refused as `check_file` does, and where the disk is full.
+    """
+    with _draft_folder(out) as folder:
+        draft = folder / out.name
+        yield draft
+        _sync(folder)
+        check_file(out, out.suffix, force=force)  # another run may have been faster
+        os.replace(draft, out)
+
+
+@contextmanager
+def _draft_folder(out: Path) -> Iterator[Path]:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
+    except OSError as error:
+        raise DiskError(f"{out} cannot be written", str(error.strerror), "name a folder you may write to") from error
+    try:
+        yield folder
+    except BaseException as error:
+        _full(out, error)
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _full(out: Path, error: BaseException) -> None:
+    """Raise what to do where there was no room."""
+    why = no_room(error)
+    if why is not None:
+        free = shutil.disk_usage(out.parent).free
+        raise DiskError(f"{out} was not written", f"{why} ({free / 1e3:,.0f} kB are free)", "free more or name another folder; nothing half-written was left") from error
 
 
 def _umask() -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from rarefy.core.discover import pick
 from rarefy.probes.racers import hosted, llama_cpp
-from rarefy.probes.racers.racer import Racer
+from rarefy.probes.racers.racer import Died, Racer
 
 ENGINES: dict[str, Callable[[str, str | None], Racer]] = {
     "native": hosted.native,
@@ -33,4 +33,24 @@ def racer(spec: str) -> Racer:
     return pick(ENGINES, name or "native", "engine")(model, head or None)
 
 
-__all__ = ["ENGINES", "Racer", "racer"]
+def racers(specs: Iterable[str], lost: Callable[[str], None]) -> list[Racer]:
+    """A racer for each text, as `racer` reads it, without those whose engine dies here; `lost` is told of each in one sentence.
+
+    Raises:
+        Died: the first of them, where fewer than two are left.
+    """
+    found: list[Racer] = []
+    dead: list[Died] = []
+    for spec in specs:
+        try:
+            found.append(racer(spec))
+        except Died as error:
+            dead.append(error)
+    if dead and len(found) < 2:
+        raise dead[0]
+    for death in dead:
+        lost(str(death))
+    return found
+
+
+__all__ = ["ENGINES", "Died", "Racer", "racer", "racers"]

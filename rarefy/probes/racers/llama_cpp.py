@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,9 +20,16 @@ from torch import Tensor
 from rarefy.core.errors import BadFile, BadInput, RarefyError
 from rarefy.hub.demo import MODEL
 from rarefy.hub.load import DEMO
-from rarefy.probes.racers.racer import Racer
+from rarefy.probes.racers.racer import Died, Racer
 
 CONTEXT = 1024  # positions
+TRIAL = """
+import sys
+import llama_cpp
+model = llama_cpp.Llama(sys.argv[1], n_ctx=1024, n_batch=1024, n_threads=int(sys.argv[2]), n_threads_batch=int(sys.argv[2]), logits_all=True, verbose=False)
+model.eval([number % model.n_vocab() for number in range(256)])
+model.eval([0])
+"""
 
 
 class LlamaCpp:
@@ -80,7 +90,23 @@ def racer(spec: str, head: str | None) -> Racer:
     path = MODEL.path() if spec == DEMO else Path(spec).expanduser()
     if path.suffix != ".gguf" or not path.is_file():
         raise BadFile(spec, "llama.cpp reads GGUF files", "name one, or demo")
+    _package()
+    tried(path)
     return LlamaCpp(path)
+
+
+def tried(path: Path) -> None:
+    """Load the file, score a window and decode a token in another process first, since what dies in native code takes its process with it.
+
+    Raises:
+        Died: it did, and of what; any other failure is left to be raised where it can be caught.
+    """
+    done = subprocess.run([sys.executable, "-c", TRIAL, str(path), str(torch.get_num_threads())], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    if done.returncode < 0:
+        died = signal.Signals(-done.returncode).name
+        raise Died(
+            f"{path.name}@llama.cpp", f"llama.cpp's native code died of {died} in a trial on this machine, so the race goes on without it", "try another build of llama-cpp-python"
+        )
 
 
 def _types(path: Path) -> str:

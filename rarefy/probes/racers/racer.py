@@ -7,6 +7,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from rarefy.core.errors import Refused
+
+
+class Died(Refused):
+    """What runs a model ended its process: the race goes on without it."""
+
 
 class Racer(Protocol):
     """A model with what runs it."""
