@@ -43,8 +43,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "tiny"
 
 
-def write_gguf(path: Path, merge: str = '! "', last: str = '!"') -> dict[str, np.ndarray[Any, Any]]:
-    """A one-block Llama, 32 wide, as a GGUF file with a byte-level vocabulary; the tensors that it holds."""
+def write_gguf(path: Path, merge: str = '! "', last: str = '!"', *, scaling: str | None = None, freqs: bool = False, words_too: bool = True) -> dict[str, np.ndarray[Any, Any]]:
+    """A one-block Llama, 32 wide, as a GGUF file with a byte-level vocabulary; the tensors that it holds. `scaling` and `freqs` of its positions; without `words_too` no tokenizer."""
     gguf = pytest.importorskip("gguf")
     rng, width, words = np.random.default_rng(0), 32, 64
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -57,7 +57,10 @@ def write_gguf(path: Path, merge: str = '! "', last: str = '!"') -> dict[str, np
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(16)
     writer.add_vocab_size(words)
-    writer.add_tokenizer_model("gpt2")
+    if scaling is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
+    if words_too:
+        writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([*(chr(33 + i) for i in range(words - 1)), last])  # the last is what the merge makes
     writer.add_token_types([1] * words)
@@ -67,6 +70,8 @@ def write_gguf(path: Path, merge: str = '! "', last: str = '!"') -> dict[str, np
     shapes = {"token_embd": (words, width), "output": (words, width), "output_norm": (width,), "blk.0.attn_norm": (width,), "blk.0.ffn_norm": (width,)}
     shapes |= {f"blk.0.{name}": (width, width) for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")}
     tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    if freqs:
+        tensors["rope_freqs"] = np.ones(8, np.float32)
     for name, value in tensors.items():
         writer.add_tensor(f"{name}.weight", value)
     writer.write_header_to_file()
@@ -105,6 +110,20 @@ def test_gguf_is_converted_once_and_exactly(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("rarefy.hub.load._convert", lambda path, folder: pytest.fail("converted twice"))
     again = load(tmp_path / "tiny.gguf")
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"scaling": "linear"}, r"scaled \(linear\)"), ({"freqs": True}, r"scaled \(by rope_freqs"), ({"words_too": False}, "holds no tokenizer")],
+    ids=["linear", "frequencies", "no tokenizer"],
+)
+def test_a_gguf_that_transformers_would_read_as_another_model_is_refused(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    write_gguf(tmp_path / "scaled.gguf", **options)
+    with pytest.raises(Refused, match=words):
+        load(tmp_path / "scaled.gguf")
+    assert cache.list_cache() == ()
+    write_gguf(tmp_path / "none.gguf", scaling="none")
+    load(tmp_path / "none.gguf")
 
 
 def test_truncated_gguf_is_one_sentence_and_leaves_no_entry(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from rarefy.hub.cache import cached_folder
 from rarefy.hub.demo import MODEL, sha256
 
 DEMO = "demo"
-GGUF_FORMAT = 1  # of our converted folder; raise it when `_convert` writes something else
+GGUF_FORMAT = 2  # of our converted folder; raise it when `_convert` writes something else
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -157,8 +157,11 @@ def _convert(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
+        _refuse_what_is_dropped(path)
         model: Any = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    except Refused:
+        raise
     except BaseException as error:  # tokenizers raises bare Exception on an inconsistent vocabulary, or panics
         if isinstance(error, MemoryError) or not (isinstance(error, Exception) or _is_rust_panic(error)):
             raise
@@ -170,6 +173,24 @@ def _convert(path: Path, folder: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _refuse_what_is_dropped(path: Path) -> None:
+    """Refused: transformers would read the file, and compute something else, or lack what this library needs of it."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    fields = reader.fields
+    scaling = [str(fields[key].contents()) for key in fields if key.endswith(".rope.scaling.type")]
+    scaled = [kind for kind in scaling if kind != "none"] + ["by rope_freqs.weight" for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
+    if scaled:
+        raise Refused(
+            f"{path}: its rotary positions are scaled ({scaled[0]})",
+            "transformers drops that from a GGUF file and would compute something else",
+            "name the folder it was made from",
+        )
+    if "tokenizer.ggml.model" not in fields:
+        raise Refused(f"{path}: it holds no tokenizer", "a GGUF file is read with the tokenizer inside it", "name the folder it was made from")
 
 
 def _is_rust_panic(error: BaseException) -> bool:
