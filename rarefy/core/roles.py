@@ -291,6 +291,9 @@ class Controller(Role):
         """The state before the first step; may write the layers' tensors in place."""
         return {}
 
+    def resume(self, state: dict[str, Any], layers: Mapping[str, Any]) -> None:
+        """Write anew what a state says of the layers and their state dict does not hold, as the choice that one routes by; most have nothing."""
+
     def loss(self, state: dict[str, Any], entries: Sequence[Entry]) -> Tensor | float:
         """What it adds to the loss of one forward; most add nothing."""
         return 0.0

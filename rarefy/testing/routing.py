@@ -247,10 +247,11 @@ def evaluation_has_no_noise(part: Affinity) -> None:
 @contract(Affinity)
 def every_parameter_learns(part: Affinity) -> None:
     made = _drawn(part)
+    assert any(True for _ in made.parameters()), f"{part!r} has no parameter"
     scores = _scored(made, figures.weight(_ROWS, _WIDTH), training=True)
     torch.stack([(t * figures.weight(*t.shape, seed=3)).sum() for t in _seen(scores)]).sum().backward()
     idle = [name for name, p in made.named_parameters() if p.grad is None or not bool(torch.isfinite(p.grad).all()) or float(p.grad.abs().sum()) == 0]
-    assert not idle and any(True for _ in made.parameters()), f"{part!r}: no gradient for {', '.join(idle) or 'anything: it has no parameter'}"
+    assert not idle, f"{part!r}: no gradient for {', '.join(idle)}"
 
 
 @contract(Affinity)
