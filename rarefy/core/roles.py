@@ -256,6 +256,24 @@ class Mixture(Role):
         return False
 
 
+class Layer(Role):
+    """A routed layer that is more than one router over one bank, as a value: `make` gives its module.
+
+    The module takes x [..., d], and a Context or the one of its `Ambient`, to [..., d]; padding comes out as zeros and changes nothing, and a
+    `Trace` sees it by its `Tap`. `balances` and `controllers` are what its paper trains it with.
+    """
+
+    balances: ClassVar[tuple[Balance, ...]] = ()
+    controllers: ClassVar[tuple[Controller, ...]] = ()
+
+    @abstractmethod
+    def make(self, width: int, experts: int, inner: int, /) -> nn.Module: ...
+
+    def causal(self, training: bool) -> bool:
+        """Whether what a row gets never depends on the rows after it."""
+        return True
+
+
 class Overflow(Role):
     """(Routing, Context) -> Routing within capacity; reports what it dropped."""
 
