@@ -35,3 +35,16 @@ def expert_load(entries: Sequence[Entry]) -> dict[str, Any]:
 
 def _sum(counts: Tensor | None) -> int:
     return 0 if counts is None else int(counts.sum())
+
+
+def usage(load: Tensor) -> dict[str, float]:
+    """{used: the share of experts that served anybody, unevenness: the divergence of their shares from equal ones, in nats} of loads [E].
+
+    ``unevenness = sum_e p_e log(E p_e)``: 0 where all serve as many, log E where one serves all. Source: He, arXiv 2407.04153.
+
+    >>> import torch
+    >>> usage(torch.tensor([3, 3, 0, 0]))
+    {'used': 0.5, 'unevenness': 0.6931...}
+    """
+    p = load.double() / load.sum().clamp(min=1)
+    return {"used": float((load > 0).double().mean()), "unevenness": float((p * (p * len(p)).clamp(min=1e-300).log()).sum())}
