@@ -20,9 +20,9 @@ _ROWS, _WIDTH, _EXPERTS, _INNER = 24, 8, 4, 6
 _VALID = torch.arange(_ROWS) % 3 != 1
 
 
-def _made(part: Layer, training: bool = False) -> nn.Module:
+def _made(part: Layer, training: bool = False, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return part.make(_WIDTH, _EXPERTS, _INNER).train(training)
 
 
@@ -101,6 +101,6 @@ def copies_and_saved_layers_are_the_same(part: Layer) -> None:
     saved = io.BytesIO()
     torch.save(layer.state_dict(), saved)
     saved.seek(0)
-    loaded = part.make(_WIDTH, _EXPERTS, _INNER).eval()
+    loaded = _made(part, seed=5)
     loaded.load_state_dict(torch.load(saved, weights_only=True))
     assert all(torch.equal(_run(other, x), _run(layer, x)) for other in (copy.deepcopy(layer), loaded)), f"{part!r} does not survive a copy or its state dict"
