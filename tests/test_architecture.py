@@ -66,7 +66,7 @@ def test_a_methods_slug_occurs_only_in_its_own_file() -> None:
         for name, cls in methods(kind).items():
             owners.setdefault(name, set()).add(Path(inspect.getfile(cls)).resolve())
     defined = {r.name for r in (*recipes().values(), *train_recipes().values())}
-    distinct = {s for s in {*owners, *defined} if s not in {"global", "uniform", "random", "gradient", "keep", "static", "set", "magnitude"}}
+    distinct = {s for s in {*owners, *defined} if s not in {"global", "uniform", "random", "gradient", "keep", "static", "set", "magnitude", "peer"}}
     uses: dict[str, set[Path]] = {}
     for path in FILES:
         if path.relative_to(ROOT).parts[0] in ("cli",):

@@ -21,6 +21,7 @@ from rarefy.core.roles import (
     Bank,
     Choice,
     Criterion,
+    Layer,
     Mixture,
     ModelStatistic,
     Overflow,
@@ -56,7 +57,7 @@ def test_part_keeps_its_contract(part: type) -> None:
 
 
 def test_every_role_with_a_contract_is_run_over_parts() -> None:
-    assert {Statistic, ModelStatistic, Criterion, Allocation, Pattern, Solver, Schedule, Rewiring, Trigger, Policy, Choice, Mixture, Overflow, Balance} <= {*ROLES} and {
+    assert {Statistic, ModelStatistic, Criterion, Allocation, Pattern, Solver, Schedule, Rewiring, Trigger, Policy, Choice, Mixture, Layer, Overflow, Balance} <= {*ROLES} and {
         *MODULES
     } <= {*_contracts}
     assert all(FOUND.values()) and all(discover.methods(role) for role in ROLES)

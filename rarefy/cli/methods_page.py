@@ -28,6 +28,7 @@ ROLES = (
     roles.Trigger,
     roles.Choice,
     roles.Mixture,
+    roles.Layer,
     roles.Overflow,
     roles.Balance,
     roles.Layout,

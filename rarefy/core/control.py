@@ -77,6 +77,8 @@ class Control:
         if state["controllers"] != names:
             raise BadInput(f"a control state of {state['controllers']}", f"this control has {names}", "build the same controllers first")
         self.states = [dict(each) for each in state["states"]]
+        for controller, each in zip(self.controllers, self.states, strict=True):
+            controller.resume(each, self._trace.layers)
 
 
 def _in_training(entries: Sequence[Entry]) -> list[Entry]:

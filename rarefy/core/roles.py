@@ -256,6 +256,24 @@ class Mixture(Role):
         return False
 
 
+class Layer(Role):
+    """A routed layer that is more than one router over one bank, as a value: `make` gives its module.
+
+    The module takes x [..., d], and a Context or the one of its `Ambient`, to [..., d]; padding comes out as zeros and changes nothing, and a
+    `Trace` sees it by its `Tap`. `balances` and `controllers` are what its paper trains it with.
+    """
+
+    balances: ClassVar[tuple[Balance, ...]] = ()
+    controllers: ClassVar[tuple[Controller, ...]] = ()
+
+    @abstractmethod
+    def make(self, width: int, experts: int, inner: int, /) -> nn.Module: ...
+
+    def causal(self, training: bool) -> bool:
+        """Whether what a row gets never depends on the rows after it."""
+        return True
+
+
 class Overflow(Role):
     """(Routing, Context) -> Routing within capacity; reports what it dropped."""
 
@@ -290,6 +308,9 @@ class Controller(Role):
     def start(self, layers: Mapping[str, Any]) -> dict[str, Any]:
         """The state before the first step; may write the layers' tensors in place."""
         return {}
+
+    def resume(self, state: dict[str, Any], layers: Mapping[str, Any]) -> None:
+        """Write anew what a state says of the layers and their state dict does not hold, as the choice that one routes by; most have nothing."""
 
     def loss(self, state: dict[str, Any], entries: Sequence[Entry]) -> Tensor | float:
         """What it adds to the loss of one forward; most add nothing."""

@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rarefy.core.control import Control
 from rarefy.core.discover import methods
-from rarefy.core.roles import Choice, Controller
+from rarefy.core.roles import Choice, Controller, Layer
 from rarefy.experts.banks.glu import GLU
 from rarefy.experts.moe import MoE
 from rarefy.experts.routers.linear import Linear
@@ -20,12 +20,15 @@ from rarefy.testing.contract import contract
 _WIDTH, _EXPERTS = 8, 4
 
 
-def _layer(part: Controller) -> MoE:
-    """A layer of a router that trains with a controller of this class."""
+def _layer(part: Controller) -> nn.Module:
+    """A layer, of a router or by itself, that trains with a controller of this class."""
     kinds = [kind for kind in (named() for named in methods(Choice).values()) if any(isinstance(c, type(part)) for c in kind.controllers)]
-    assert kinds, f"{part!r}: no router names it among its controllers"
+    made = [kind for kind in (named() for named in methods(Layer).values()) if any(isinstance(c, type(part)) for c in kind.controllers)]
+    assert kinds or made, f"{part!r}: no router or layer names it among its controllers"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        if not kinds:
+            return made[0].make(_WIDTH, _EXPERTS, 6)
         return MoE((kinds[0].affinity or Linear)(_WIDTH, _EXPERTS), kinds[0], (kinds[0].bank or GLU)(_EXPERTS, _WIDTH, 6), kinds[0].overflow)
 
 

@@ -247,10 +247,11 @@ def evaluation_has_no_noise(part: Affinity) -> None:
 @contract(Affinity)
 def every_parameter_learns(part: Affinity) -> None:
     made = _drawn(part)
+    assert any(True for _ in made.parameters()), f"{part!r} has no parameter"
     scores = _scored(made, figures.weight(_ROWS, _WIDTH), training=True)
     torch.stack([(t * figures.weight(*t.shape, seed=3)).sum() for t in _seen(scores)]).sum().backward()
     idle = [name for name, p in made.named_parameters() if p.grad is None or not bool(torch.isfinite(p.grad).all()) or float(p.grad.abs().sum()) == 0]
-    assert not idle and any(True for _ in made.parameters()), f"{part!r}: no gradient for {', '.join(idle) or 'anything: it has no parameter'}"
+    assert not idle, f"{part!r}: no gradient for {', '.join(idle)}"
 
 
 @contract(Affinity)
@@ -274,7 +275,7 @@ def _crowds() -> Iterator[tuple[Routing, Context]]:
         for rows, experts, k, push in ((_ROWS, 4, 1, 0.0), (_ROWS, 4, 2, 4.0), (9, 3, 1, 50.0), (5, 1, 1, 0.0), (0, 4, 2, 0.0), (40, 4, 4, 0.0)):
             logits = _logits(rows, experts) + push * (torch.arange(experts) == 0)
             weight, expert = logits.softmax(-1).sort(dim=-1, descending=True)
-            routing = Routing(expert[:, :k].flatten(), weight[:, :k].flatten(), rows, experts, k)
+            routing = Routing(expert[:, :k].flatten(), weight[:, :k].flatten(), rows, experts, k, scores=Scores(logits))
             yield routing, Context(training=training)
             lost = dataclasses.replace(routing, dropped=torch.arange(experts))
             yield lost, Context(training=training, valid=torch.arange(rows) % 3 != 1)
@@ -337,7 +338,7 @@ def what_it_keeps_has_its_gradient(part: Overflow) -> None:
     for routing, context in _crowds():
         weight = routing.weight.clone().requires_grad_()
         part(dataclasses.replace(routing, weight=weight), context).weight.sum().backward()
-        kept = unpadded(part(routing, context), context.valid).weight != 0
+        kept = _table(unpadded(part(routing, context), context.valid))[1][routing.rows(), routing.expert] != 0
         assert weight.grad is not None and bool((weight.grad[kept] != 0).all()), f"{part!r} cuts the gradient of weights that it keeps"
 
 
