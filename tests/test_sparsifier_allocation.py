@@ -27,6 +27,7 @@ from rarefy.weights.train import train
 
 OWN = {"rigl": ERK, "set": ER, "static": ERK, "gradual-magnitude": Uniform}
 RATED = dict.fromkeys(("snip", "grasp", "synflow", "imp", "imp-rate", "er-source-nets"), Global) | {"srigl": ERK}
+RATED |= dict.fromkeys(("sparse-model-soups",), Global)
 
 
 def test_every_recipe_states_its_papers_allocation() -> None:
