@@ -1,7 +1,6 @@
 """Iterative magnitude pruning of digits to 5%, from a dense network and inside random sources of 50% and 8%: accuracies at two widths, four seeds.
 
-The card asks for a half that is within one point of dense. Whether it is depends on the width and on how long a round of
-pruning is, so the bound here is two points; what is claimed is that a half costs little where 8% costs much.
+What is claimed of means over seeds: a half is within one point of dense. Of every seed: 8% is below dense and below a half.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from rarefy.weights.source_net import SourceNet
 from rarefy.weights.train import train
 
 SLUG = "er-source-nets"
-NAME = "digits pruned to 5% from a random half: within 2 points of dense at both widths, where 8% loses over 5; mean of 4 seeds"
+NAME = "digits pruned to 5% from a random half: within 1 point of dense at two widths, mean of 4 seeds, where 8% is worse in every one"
 SOURCES = (
     "rarefy/tasks/digits.py",
     "rarefy/weights/actions.py",
@@ -33,8 +32,9 @@ def accuracy(width: int, source: float, seed: int) -> float:
 
 
 def run() -> tuple[dict[str, Any], bool]:
-    """(accuracies by width and source density, whether a half is within 2 points of dense and 8% more than 5 below)."""
+    """(accuracies by width and source density, whether a half is within a point of dense and 8% below both in every seed)."""
     found = {width: {source: [accuracy(width, source, seed) for seed in SEEDS] for source in SOURCE_DENSITIES} for width in WIDTHS}
     mean = {width: {source: statistics.mean(values) for source, values in by.items()} for width, by in found.items()}
-    holds = all(by[1.0] - by[0.5] <= 0.02 and by[1.0] - by[0.08] > 0.05 for by in mean.values())
+    worse = all(low < min(whole, half) for by in found.values() for whole, half, low in zip(*by.values(), strict=True))
+    holds = worse and all(by[1.0] - by[0.5] <= 0.01 for by in mean.values())
     return {"accuracy": found, "mean": mean, "steps": STEPS, "seeds": list(SEEDS)}, holds
