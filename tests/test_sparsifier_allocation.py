@@ -25,7 +25,7 @@ from rarefy.weights.schedules.static import STATIC
 from rarefy.weights.sparsifier import Sparsifier
 from rarefy.weights.train import train
 
-OWN = {"rigl": ERK, "set": ER, "static": ERK, "gradual-magnitude": Uniform}
+OWN = {"pst": Uniform, "rigl": ERK, "set": ER, "static": ERK, "gradual-magnitude": Uniform}
 RATED = dict.fromkeys(("snip", "grasp", "synflow", "imp", "imp-rate", "er-source-nets"), Global) | {"srigl": ERK}
 RATED |= dict.fromkeys(("sparse-model-soups", "swamp"), Global)
 STEPS = {"swamp": 480}  # 24 for the others
