@@ -502,3 +502,11 @@ class Task(Role):
     def controllers(self, model: nn.Module) -> tuple[Controller, ...]:
         """What acts on the model's routed layers after every step."""
         return ()
+
+    def arrivals(self, steps: int) -> tuple[int, ...]:
+        """Before which of so many steps new data arrives, the first aside; most tasks have all from the start."""
+        return ()
+
+    def arrived(self, seed: int, step: int) -> Sequence[Any]:
+        """Batches of what is new at a step, on which criteria are measured; with no arrivals, none."""
+        return ()

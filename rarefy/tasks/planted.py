@@ -34,6 +34,7 @@ PAPER = Paper(
         "deeper tickets begin with x + 1 and count their layers from one, the authors from the input",
         "recall and precision are those of the weights that are not zero at the end",
         "edge-popup, which the paper also benchmarks, is not here: any training recipe is",
+        "measured here on a circle, three layers, 50 wide, at the ticket's density after 200 steps: the ticket 0.96 before training, SynFlow 0.57, chance 0.28, multishot magnitude 0.13",
     ),
 )
 

@@ -30,10 +30,22 @@ def rounds(density: float) -> int:
     return max(0, math.ceil(math.log(density) / math.log(1 - SHARE) - 1e-9))
 
 
+def longest(steps: int, trainings: int, early: float) -> int:
+    """How long a training may be so that one whole training and `trainings` - 1 from its early step on fit in the steps.
+
+    >>> longest(198, 22, 0.1), longest(180, 22, 0.1)
+    (9, 8)
+    """
+    length = int(steps / (1 + (trainings - 1) * (1 - early)))
+    while length and length + (trainings - 1) * (length - int(early * length)) > steps:  # the early step is rounded down
+        length -= 1
+    return length
+
+
 def _cycle(density: float, steps: int, back: Any) -> tuple[Phase, ...]:
     """Train once, then prune and retrain from the early step on, `rounds` times; every training has the same length."""
     count = rounds(density)
-    length = int(steps / (1 + count * (1 - EARLY)))
+    length = longest(steps, 1 + count, EARLY)
     early = int(EARLY * length)
     if length - early < 1:
         raise BadInput(f"{steps} steps", f"{count} rounds of pruning to density {density} need at least one step each", f"ask for at least {2 * (count + 1)} steps")

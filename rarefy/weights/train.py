@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from rarefy.core.attach import exported
 from rarefy.core.control import Control
 from rarefy.core.errors import BadFile, BadInput, Refused
 from rarefy.core.files import write_atomic
-from rarefy.core.records import TrainRecipe
+from rarefy.core.records import Phase, TrainRecipe
 from rarefy.core.roles import Allocation, Task
 from rarefy.weights.source_net import SourceNet
 from rarefy.weights.sparsifier import Sparsifier
+from rarefy.weights.triggers.arrival import Arrival
 
 Factory = Callable[[Iterable[nn.Parameter]], Optimizer]
 _CHECKPOINT, _MODEL, _RECORD = "checkpoint.safetensors", "model.safetensors", "record.json"
@@ -56,15 +57,15 @@ def train(
         checkpoint_dir: where a checkpoint is kept every `save_every` steps and, at the end, model.safetensors (dense with
             zeros) and record.json are written; each file appears whole or not at all.
         resume: continue a checkpoint of the same run, to the same bytes as without the stop.
-        calibration: on how many of the run's first batches a criterion of the gradient is measured.
+        calibration: on how many of the run's first batches a criterion of the gradient is measured; where data arrives, on what is new of it.
         progress: called with (step, steps) after each step.
 
     Returns:
         {task, recipe, allocation, density_requested, density (measured), metric, steps, seed, sites: [{key, shape, nnz}]}, and
-        `options` where some were given.
+        `options` where some were given, `states` where data arrived: the metric before every arrival, and at the end.
 
     Raises:
-        BadInput: density or steps out of range.  BadFile: a damaged checkpoint.  Refused: a checkpoint of another run.
+        BadInput: density or steps out of range, or a recipe that waits for data that does not come.  BadFile: a damaged checkpoint.  Refused: a checkpoint of another run.
     """
     if not 0.0 < density <= 1.0 or steps < 1:
         raise BadInput(f"density {density}, steps {steps}", "a density lies in (0, 1] and training has at least one step", "pass for example density=0.1, steps=1000")
@@ -73,9 +74,9 @@ def train(
         model = task.model(seed, **(options or {}))
         phases = tuple(replace(phase, allocation=allocation or phase.allocation or recipe.allocation) for phase in recipe.phases(density, steps))
         phases = (*(() if within is None else within.before(density)), *phases)
-        sparsifier = Sparsifier(
-            model, phases, sites=task.sites(model), total=steps, seed=seed, batches=[task.batch(seed, step) for step in range(calibration)], batch_loss=task.loss
-        )
+        arrivals = _arrivals(task, recipe, phases, steps)
+        batches = task.arrived(seed, 0) or [task.batch(seed, step) for step in range(calibration)]
+        sparsifier = Sparsifier(model, phases, sites=task.sites(model), total=steps, seed=seed, batches=batches, batch_loss=task.loss)
         opt = (optimizer or task.optimizer)(model.parameters())
         sparsifier.attach(opt)
         control = Control(model, opt, task.controllers(model))
@@ -95,7 +96,11 @@ def train(
             folder.mkdir(parents=True, exist_ok=True)
             if resume and (folder / _CHECKPOINT).exists():
                 _load(folder / _CHECKPOINT, run, model, sparsifier, opt, control)
+                seen = [step for step in arrivals if step < sparsifier.progress.step]
+                sparsifier.batches = task.arrived(seed, seen[-1]) if seen else sparsifier.batches
         for step in range(sparsifier.progress.step, steps):
+            if step in arrivals:
+                _arrive(task, seed, step, model, sparsifier)
             opt.zero_grad()
             control.loss(sparsifier.loss(task.loss(model, task.batch(seed, step)))).backward()
             opt.step()
@@ -111,6 +116,27 @@ def train(
     return record
 
 
+def _arrivals(task: Task, recipe: TrainRecipe, phases: Sequence[Phase], steps: int) -> tuple[int, ...]:
+    """Before which steps data arrives. BadInput: the recipe waits for more of it than comes."""
+    arrivals = task.arrivals(steps)
+    waits = sum(phase.until.count for phase in phases[:-1] if isinstance(phase.until, Arrival) and phase.until.kind == "data")
+    if waits > len(arrivals):
+        raise BadInput(
+            f"recipe {recipe.name} on task {task.name}",
+            f"it waits {waits} times for new data, which arrives {len(arrivals)} times in {steps} steps",
+            "name a task whose data arrives, or ask for more steps",
+        )
+    return arrivals
+
+
+def _arrive(task: Task, seed: int, step: int, model: nn.Module, sparsifier: Sparsifier) -> None:
+    """What the model can do before it sees the new data is noted; criteria are measured on the new data from now on."""
+    with exported(model):
+        metric = task.evaluate(model)
+    sparsifier.batches = task.arrived(seed, step)
+    sparsifier.boundary("data", **metric)
+
+
 def _write(folder: Path, model: nn.Module, record: dict[str, Any]) -> None:
     tensors = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
     write_atomic(folder / _MODEL, save(tensors))
@@ -123,7 +149,10 @@ def _record(task: Task, run: dict[str, Any], model: nn.Module, sparsifier: Spars
     head = {"task": task.name, "recipe": run["recipe"], "allocation": run["allocation"], "density_requested": run["density"], "density": measured}
     head |= {"options": run["options"]} if run["options"] else {}
     head |= {"within": run["within"]} if "within" in run else {}
-    return {**head, "metric": task.evaluate(model), "steps": run["steps"], "seed": run["seed"], "sites": sites}
+    metric = task.evaluate(model)
+    states = [dict(event.data) for event in sparsifier.ledger if event.kind == "data"]
+    head |= {"states": [*states, metric]} if states else {}
+    return {**head, "metric": metric, "steps": run["steps"], "seed": run["seed"], "sites": sites}
 
 
 def _save(path: Path, run: dict[str, Any], model: nn.Module, sparsifier: Sparsifier, optimizer: Optimizer, control: Control) -> None:

@@ -1,6 +1,6 @@
 """Random source networks: nothing leaves the first support, layer ratios solve their budgets, and a dense enough source loses nothing.
 
-Measured here: digits, iterative magnitude pruning to 5%, see `test_a_source_of_half_loses_little`.
+Measured here: digits, iterative magnitude pruning to 5%, see replications/er_source_digits.py.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def test_nothing_leaves_the_source() -> None:
     stays_inside(SourceNet.before)
 
 
-# The twins are not marked, so that the row stays partial: see the last deviation of its record.
+@check("er-source-nets", STAYS, kind="twin")
 def test_an_unbounded_regrowth_leaves_it() -> None:
     pytest.importorskip("sklearn")
     with pytest.raises(AssertionError, match="leaves the source"):
@@ -95,6 +95,7 @@ def test_ratios() -> None:
     ratios_hold(Pyramidal().counts, Balanced().counts)
 
 
+@check("er-source-nets", RATIOS, kind="twin")
 def test_clipped_ratios() -> None:
     with pytest.raises(AssertionError):
         ratios_hold(Pyramidal().counts, clipped)

@@ -135,6 +135,13 @@ def test_rounds_and_refusals() -> None:
         Sparsifier(nn.Linear(2, 2), Phase(enter=(Rewind(),)))
 
 
+@pytest.mark.parametrize("steps", [60, 180, 198, 211])
+def test_every_round_fits_in_the_steps(steps: int) -> None:
+    phases = IMP.phases(0.01, steps)
+    assert len([p for p in phases if p.name == "prune"]) == rounds(0.01)
+    assert steps - rounds(0.01) - 1 <= sum(p.until for p in phases) <= steps
+
+
 def test_what_is_remembered_checkpoints() -> None:
     model = nn.Linear(3, 2)
     before = model.weight.detach().clone()

@@ -14,9 +14,11 @@ from torch import Generator, Tensor
 from rarefy.core.exact import keep_count, topk_mask_rows
 from rarefy.core.records import Delta, Entries, Phase, TrainRecipe
 from rarefy.layouts.condensed import Condensed
+from rarefy.tasks.digits import Digits
 from rarefy.weights.rewiring.rigl import RIGL
 from rarefy.weights.rewiring.srigl import SRIGL, SRigL
 from rarefy.weights.sparsifier import Sparsifier
+from rarefy.weights.train import train
 from tests.evidence import check
 from tests.papers.at_start import DIGITS
 
@@ -78,6 +80,7 @@ def test_by_hand() -> None:
     hand_holds(lambda gamma: SRigL(gamma).rewire)
 
 
+@check("srigl", HAND, kind="twin")
 def test_a_masked_gradient() -> None:
     with pytest.raises(AssertionError):
         hand_holds(masked_gradient)
@@ -126,11 +129,70 @@ def test_one_fan_in() -> None:
     fan_in_holds(SRIGL)
 
 
+@check("srigl", FAN_IN, kind="twin")
 @pytest.mark.parametrize("recipe", [RIGL, replace(SRIGL, phases=_kept_fan_in)], ids=["rigl", "fan-in kept"])
 def test_without_a_new_fan_in(recipe: TrainRecipe) -> None:
     pytest.importorskip("sklearn")
     with pytest.raises(AssertionError):
         fan_in_holds(recipe)
+
+
+ABLATION = "at 99% on digits, 256 wide, letting neurons go is worth accuracy, and a larger gamma lets more of them go"
+
+
+class Spares(SRigL):
+    """The twin: no neuron is ablated; every layer is treated as the last."""
+
+    name = "spares"
+
+    def rewire(self, entries: Entries, *, gradient: Tensor, final: bool, **asked: Any) -> Delta:
+        return super().rewire(entries, gradient=gradient, final=True, **asked)
+
+
+def with_rewiring(rewiring: SRigL) -> TrainRecipe:
+    def phases(density: float, steps: int) -> tuple[Phase, ...]:
+        draw, trained = SRIGL.phases(density, steps)
+        return draw, replace(trained, rewiring=rewiring)
+
+    return replace(SRIGL, phases=phases)
+
+
+def accuracy(rewiring: SRigL) -> float:
+    runs = [train(Digits(width=256), with_rewiring(rewiring), density=0.01, steps=300, seed=seed) for seed in range(2)]
+    return sum(run["metric"]["accuracy"] for run in runs) / len(runs)
+
+
+def active_neurons(kind: type[SRigL], gamma: float) -> int:
+    """Of two layers of 64 trained at a tenth; fan-ins of 5 and 6, so that 0.3, 0.6 and 0.95 of them differ."""
+    model = DIGITS.model(0)
+    phases = tuple(replace(p, allocation=SRIGL.allocation, every=5) for p in with_rewiring(kind(gamma)).phases(0.1, 60))
+    sp = Sparsifier(model, phases, total=60).attach(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9))
+    for step in range(60):
+        model.zero_grad()
+        sp.loss(DIGITS.loss(model, DIGITS.batch(0, step))).backward()
+        sp.optimizer.step()
+    return sum(int(mask.any(1).sum()) for mask in sp.support.masks.values())
+
+
+def ablation_holds(kind: type[SRigL]) -> None:
+    active = [active_neurons(kind, gamma) for gamma in (0.3, 0.6, 0.95)]
+    assert active[0] > active[1] > active[2], active
+    found, spared = accuracy(kind()), accuracy(Spares())
+    assert found > spared, (found, spared)
+
+
+@check("srigl", ABLATION, kind="method")
+def test_ablation() -> None:
+    """Seen here, means of seeds 0 and 1 after 300 steps: 0.900 with neurons that go, 0.858 without; 136, 122 and 103 active of 138."""
+    pytest.importorskip("sklearn")
+    ablation_holds(SRigL)
+
+
+@check("srigl", ABLATION, kind="twin")
+def test_without_ablation() -> None:
+    pytest.importorskip("sklearn")
+    with pytest.raises(AssertionError):
+        ablation_holds(Spares)
 
 
 @check("srigl", "the condensed form computes what the masked matrix does, ablated rows among them", kind="method")
