@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,11 +23,15 @@ class Experts(Protocol):
     def each(self, x: Tensor, expert: Tensor) -> Tensor: ...
 
 
-@runtime_checkable
 class Grouped(Protocol):
     """A bank whose experts also run all at once over their own rows, by `grouped_linear`: Rows -> [N, d]."""
 
     def grouped(self, rows: Rows) -> Tensor: ...
+
+
+def is_grouped(bank: object) -> TypeGuard[Grouped]:
+    """Whether the bank has a `grouped`; None in its place says that it has none."""
+    return getattr(bank, "grouped", None) is not None
 
 
 Backend = Callable[[Rows, Experts], Tensor]
@@ -54,23 +58,23 @@ def fused(rows: Rows, bank: Experts) -> Tensor:
 
     What a compiled forward runs; in eager its call overhead (tens of microseconds) buys nothing. BadInput for a bank without `grouped`.
     """
-    if not isinstance(bank, Grouped):
+    if not is_grouped(bank):
         raise BadInput(f"{type(bank).__name__} in one op", "the bank has no method grouped(rows)", "use the back end loop, outside torch.compile(fullgraph=True)")
-    return bank.grouped(rows).masked_fill((rows.expert >= bank.experts)[:, None], 0.0)
+    return bank.grouped(rows).masked_fill((rows.expert >= rows.offsets.shape[0])[:, None], 0.0)
 
 
 def batched(rows: Rows, bank: Experts) -> Tensor:
     """By the bank's own `grouped`, as `fused`, but only the assigned rows, sorted by expert: natively each expert's weights are read once."""
-    if not isinstance(bank, Grouped):
+    if not is_grouped(bank):
         raise BadInput(f"{type(bank).__name__} in one op", "the bank has no method grouped(rows)", "use the back end loop")
     return bank.grouped(rows)[: int(rows.offsets[-1])]
 
 
 def _default(rows: Rows, bank: Experts) -> Backend:
     if torch.compiler.is_compiling():
-        return fused if isinstance(bank, Grouped) else loop
+        return fused if is_grouped(bank) else loop
     quick = not torch.is_grad_enabled() and kernel.few(rows.expert.shape[0], bank.experts) and kernel.plain(rows.x, rows.weight)
-    return batched if quick and isinstance(bank, Grouped) else loop
+    return batched if quick and is_grouped(bank) else loop
 
 
 def dispatch(x: Tensor, routing: Routing, bank: Experts, context: Context | None = None, backend: Backend | None = None) -> Tensor:
