@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from rarefy.kernels.experts import combine, linear, op, reference, sort
+from rarefy.kernels.experts import FEW, combine, linear, op, reference, sort
 from rarefy.kernels.library import available, instruction_set, native, pointer
 from tests.test_kernels import GUARD, NATIVE, assert_is_product, poisoned
 
@@ -102,14 +102,14 @@ def test_assignments_are_sorted_and_summed_as_the_reference_does(isa: str, rows:
 def test_what_the_kernels_do_not_take_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, ends, item = torch.randn(5, 6), torch.randn(3, 4, 6), torch.tensor([1, 1, 3]), torch.tensor([2, 0, 4, 1])
     monkeypatch.setattr(op, "native", lambda: pytest.fail("it went to the native side"))
-    many = torch.arange(5).repeat(50)
+    many = torch.arange(5).repeat(FEW)
     for args in (
         (x.double(), weight.double(), ends, item),
         (x.bfloat16(), weight.bfloat16(), ends, item),
         (x, weight.transpose(1, 2).contiguous().transpose(1, 2), ends, item),
         (x.t().contiguous().t(), weight, ends, item),
         (x, weight, ends.int(), item),
-        (x, weight, torch.tensor([100, 100, 250]), many),
+        (x, weight, torch.tensor([100, 100, 5 * FEW]), many),
         (x[:, :0], weight[:, :, :0], ends, item),
     ):
         assert torch.equal(linear(*args), reference.linear(*args))

@@ -12,8 +12,9 @@ from torch import Tensor
 from rarefy.kernels.experts import reference
 from rarefy.kernels.library import native, pointer, suits
 
-# Rows that an expert gets on average up to which ours is the faster one.
-FEW = 32
+# Rows that an expert gets on average up to which ours is the faster one. Measured by processor time on one thread, both products of experts
+# of [1024, 512], [2048, 1024] and [512, 256], with AVX-512 and with all held to AVX2: 1.05 to 1.18 times as fast as torch at 64, equal near 100.
+FEW = 64
 
 
 def few(assignments: int, experts: int) -> bool:
@@ -56,15 +57,22 @@ def linear(x: Tensor, weight: Tensor, ends: Tensor, item: Tensor | None = None, 
     """``y_n = W_e x_{item_n} + b_e`` for the expert e whose span holds n, 0 beyond the last end.
 
     x [R, I] with item [N], or x [N, I] without; weight [E, O, I], bias [E, O], ends [E] -> [N, O].
+    Raises ValueError for ends or items outside, where the native side computes.
 
     >>> x, weight = torch.tensor([[1.0], [2.0]]), torch.tensor([[[10.0]], [[100.0]]])
     >>> linear(x, weight, torch.tensor([1, 2]), torch.tensor([1, 0, 0])).tolist()
     [[20.0], [100.0], [0.0]]
     """
+    y = natively(x, weight, ends, item, bias)
+    return reference.linear(x, weight, ends, item, bias) if y is None else y
+
+
+def natively(x: Tensor, weight: Tensor, ends: Tensor, item: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """What `linear` gives, by the native side; None where that does not suit."""
     (experts, outputs, inputs), count = weight.shape, (x if item is None else item).shape[0]
     fits = weight.numel() > 0 and x.shape[1:] == (inputs,) and ends.shape == (experts,) and (bias is None or bias.shape == (experts, outputs))
     if not (fits and few(count, experts) and plain(x, weight, bias) and _numbers(ends, item)):
-        return reference.linear(x, weight, ends, item, bias)
+        return None
     y = torch.empty(count, outputs)
     rows = pointer(x), x.shape[0], pointer(item), pointer(ends), count
     native().experts_linear(pointer(weight), pointer(bias), experts, outputs, inputs, *rows, pointer(y), torch.get_num_threads())  # type: ignore[union-attr]
