@@ -141,7 +141,8 @@ def test_a_product_that_would_reach_outside_is_refused(ends: list[int], item: li
 
 @NATIVE
 def test_sizes_and_pointers_from_python_are_checked() -> None:
-    lib, floats, numbers = native(), pointer(torch.zeros(64)), pointer(torch.zeros(64, dtype=torch.long))
+    room, ends = torch.zeros(64), torch.zeros(64, dtype=torch.long)
+    lib, floats, numbers = native(), pointer(room), pointer(ends)
     assert lib is not None
     for args, words in (
         ((0, 0, 2, 3, 4, floats, 2, numbers, numbers, 2, floats, 1), "null pointer"),

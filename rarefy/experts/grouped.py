@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rarefy.kernels import experts as kernel
-from rarefy.kernels.experts.reference import spans
+from rarefy.kernels.experts import reference
 
 
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, *, item: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -37,14 +37,14 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, *, item: Tensor |
 
 @torch.library.custom_op("rarefy::grouped_linear", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? item, Tensor offsets) -> Tensor")
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, item: Tensor | None, offsets: Tensor) -> Tensor:
-    return kernel.linear(x, weight, offsets, item, bias)
+    return reference.linear(x, weight, offsets, item, bias)
 
 
 @torch.library.custom_op("rarefy::grouped_outer", mutates_args=(), schema="(Tensor g, Tensor x, Tensor? item, Tensor offsets) -> Tensor")
 def _outer(g: Tensor, x: Tensor, item: Tensor | None, offsets: Tensor) -> Tensor:
     """Per expert the sum over its rows of g_n x_{item_n}': g [N, O], x [R, I] -> [E, O, I]."""
     out = x.new_zeros(offsets.shape[0], g.shape[1], x.shape[1])
-    for expert, span in spans(offsets):
+    for expert, span in reference.spans(offsets):
         out[expert] = g[span].T @ (x[span] if item is None else x[item[span]])
     return out
 
