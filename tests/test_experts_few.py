@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad as fw
 from torch.utils.flop_counter import FlopCounterMode
 
 from rarefy.core.errors import BadInput
@@ -127,6 +128,22 @@ def test_it_serves_few_rows_that_nobody_differentiates_or_watches(monkeypatch: p
             served(4)
         monkeypatch.setenv("RAREFY_NATIVE", "off")
         assert not served(4)
+
+
+def test_derivatives_carried_forward_and_functional_ones_are_those_of_the_loop() -> None:
+    bank = GLU(3, 8, 4).requires_grad_(False)
+    routing, x, t = Routing(torch.tensor([0, 1, 2, 1]), torch.rand(4), 4, 3, 1), torch.randn(4, 8), torch.randn(4, 8)
+
+    def layer(x: Tensor, backend: Any = None) -> Tensor:
+        return dispatch(x, routing, bank, backend=backend)
+
+    _, want = torch.func.jvp(lambda x: layer(x, gather), (x,), (t,))
+    for no_grad in (False, True):
+        with torch.set_grad_enabled(not no_grad):
+            torch.testing.assert_close(torch.func.jvp(layer, (x,), (t,))[1], want)
+            with fw.dual_level():
+                torch.testing.assert_close(fw.unpack_dual(layer(fw.make_dual(x, t))).tangent, want)
+    torch.testing.assert_close(torch.func.grad(lambda x: (layer(x) * t).sum())(x), torch.func.grad(lambda x: (layer(x, gather) * t).sum())(x))
 
 
 def test_a_bank_without_the_op_is_refused_by_name_and_served_by_the_loop() -> None:

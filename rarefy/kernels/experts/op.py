@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rarefy.kernels.experts import reference
 from rarefy.kernels.library import native, pointer, suits
@@ -23,8 +24,13 @@ def few(assignments: int, experts: int) -> bool:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether the native side may compute with these: they suit it, and nobody watches torch's calls, such as a counter of operations."""
+    """Whether the native side may compute with these: they suit it, and nobody watches or transforms torch's calls.
+
+    A counter of operations watches; so do derivatives carried forward and `torch.func`, which no tensor's requires_grad tells of.
+    """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     return suits(*tensors)
 
