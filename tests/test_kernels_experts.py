@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from rarefy.core.errors import BadInput
 from rarefy.kernels.experts import FEW, combine, linear, op, reference, sort
 from rarefy.kernels.library import available, instruction_set, native, pointer
 from tests.test_kernels import GUARD, NATIVE, assert_is_product, poisoned
@@ -135,7 +136,7 @@ def test_what_the_kernels_do_not_take_is_the_reference(monkeypatch: pytest.Monke
     ],
 )
 def test_a_product_that_would_reach_outside_is_refused(ends: list[int], item: list[int], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(BadInput, match=words):
         linear(torch.randn(5, 6), torch.randn(3, 4, 6), torch.tensor(ends), torch.tensor(item))
 
 
@@ -162,10 +163,10 @@ def test_sizes_and_pointers_from_python_are_checked() -> None:
         ([0, 2, 1, 0], None, 3, "as many assignments"),
         ([0, 2, 1, 0], None, 0, "as many assignments"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(BadInput, match=words):
             sort(torch.tensor(expert), None if item is None else torch.tensor(item), share, rows, 2)
     for item in ([0, 1, 2, 0], [0, -1, 0, 0]):
-        with pytest.raises(ValueError, match="not a row of x"):
+        with pytest.raises(BadInput, match="not a row of x"):
             combine(torch.ones(4, 3), torch.tensor(item), share, torch.ones(2, 3))
-    with pytest.raises(ValueError, match="not a row of x"):
+    with pytest.raises(BadInput, match="not a row of x"):
         combine(torch.ones(1, 3), torch.tensor([0]), share[:1], torch.ones(0, 3))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from rarefy.core.errors import BadInput
 from rarefy.kernels.experts import reference
 from rarefy.kernels.library import native, pointer, suits
 
@@ -39,11 +40,18 @@ def _numbers(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.dtype == torch.long and t.is_contiguous()) for t in tensors)
 
 
+def _run(name: str, *arguments: int) -> None:
+    try:
+        getattr(native(), name)(*arguments)
+    except ValueError as error:
+        raise BadInput("a routing to experts", str(error), "give experts in 0 .. E, where E is nobody, and items that are rows") from error
+
+
 def sort(expert: Tensor, item: Tensor | None, weight: Tensor, rows: int, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Assignments (expert, item, weight [N]) in the order of their experts, and the inclusive ends [E] of each one's; stable.
 
     Without `item` every one of the rows has N / rows assignments, in a row.
-    Raises ValueError for an expert outside 0 .. E (nobody) or an item that is no row, where the native side sorts.
+    Raises BadInput for an expert outside 0 .. E (nobody) or an item that is no row, where the native side sorts.
 
     >>> [t.tolist() for t in sort(torch.tensor([2, 0, 1, 0]), None, torch.ones(4), 2, 2)]
     [[0, 0, 1, 2], [0, 1, 1, 0], [1.0, 1.0, 1.0, 1.0], [2, 3]]
@@ -55,7 +63,7 @@ def sort(expert: Tensor, item: Tensor | None, weight: Tensor, rows: int, experts
         return reference.sort(expert, which, weight, experts)
     ordered, which, share, ends = torch.empty_like(expert), torch.empty_like(expert), torch.empty_like(weight), torch.empty(experts, dtype=torch.long)
     given = pointer(expert), pointer(item), pointer(weight), count, rows, experts
-    native().experts_sort(*given, pointer(ordered), pointer(which), pointer(share), pointer(ends))  # type: ignore[union-attr]
+    _run("experts_sort", *given, pointer(ordered), pointer(which), pointer(share), pointer(ends))
     return ordered, which, share, ends
 
 
@@ -63,7 +71,7 @@ def linear(x: Tensor, weight: Tensor, ends: Tensor, item: Tensor | None = None, 
     """``y_n = W_e x_{item_n} + b_e`` for the expert e whose span holds n, 0 beyond the last end.
 
     x [R, I] with item [N], or x [N, I] without; weight [E, O, I], bias [E, O], ends [E] -> [N, O].
-    Raises ValueError for ends or items outside, where the native side computes.
+    Raises BadInput for ends or items outside, where the native side computes.
 
     >>> x, weight = torch.tensor([[1.0], [2.0]]), torch.tensor([[[10.0]], [[100.0]]])
     >>> linear(x, weight, torch.tensor([1, 2]), torch.tensor([1, 0, 0])).tolist()
@@ -81,7 +89,7 @@ def natively(x: Tensor, weight: Tensor, ends: Tensor, item: Tensor | None, bias:
         return None
     y = torch.empty(count, outputs)
     rows = pointer(x), x.shape[0], pointer(item), pointer(ends), count
-    native().experts_linear(pointer(weight), pointer(bias), experts, outputs, inputs, *rows, pointer(y), torch.get_num_threads())  # type: ignore[union-attr]
+    _run("experts_linear", pointer(weight), pointer(bias), experts, outputs, inputs, *rows, pointer(y), torch.get_num_threads())
     return y
 
 
@@ -94,5 +102,5 @@ def combine(y: Tensor, item: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     if not (plain(y, weight, x) and _numbers(item) and y.dim() == 2 and y.shape[1] > 0 and y.shape[0] <= min(item.shape[0], weight.shape[0])):
         return reference.combine(y, item, weight, x)
     out = torch.empty(x.shape[0], y.shape[1])
-    native().experts_combine(pointer(y), *y.shape, pointer(item), pointer(weight), pointer(out), x.shape[0], torch.get_num_threads())  # type: ignore[union-attr]
+    _run("experts_combine", pointer(y), *y.shape, pointer(item), pointer(weight), pointer(out), x.shape[0], torch.get_num_threads())
     return out
