@@ -131,8 +131,9 @@ def test_what_the_kernels_do_not_take_is_the_reference(monkeypatch: pytest.Monke
         ([1, 0, 3], [0, 1, 2], "do not ascend"),
         ([-1, 0, 3], [0, 1, 2], "do not ascend"),
         ([1, 2, 4], [0, 1, 2], "past the last assignment"),
+        ([1, 2, 3], [5, 1, 2], "not a row of x"),
         ([1, 2, 3], [0, 5, 2], "not a row of x"),
-        ([1, 2, 3], [0, -1, 2], "not a row of x"),
+        ([1, 2, 3], [0, 1, -1], "not a row of x"),
     ],
 )
 def test_a_product_that_would_reach_outside_is_refused(ends: list[int], item: list[int], words: str) -> None:
