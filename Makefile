@@ -59,7 +59,7 @@ hostile: sanitized
 	$(SANITIZERS) -c "from rarefy.testing.hostile import report; raise SystemExit(report($(CASES)))"
 
 sanitize: hostile
-	$(SANITIZERS) -m pytest tests/test_kernels.py tests/test_kernels_sparse.py tests/test_kernels_columns.py --noconftest -k "not openmp and not compiled"
+	$(SANITIZERS) -m pytest tests/test_kernels.py tests/test_kernels_sparse.py tests/test_kernels_columns.py tests/test_kernels_experts.py --noconftest -k "not openmp and not compiled"
 
 # The kernels without Python: where threads race, and on another processor (needs g++-aarch64-linux-gnu and qemu-user-static).
 CHECK := tests/native/check.cpp rarefy/kernels/native/generic.cpp rarefy/kernels/native/decoder.cpp

@@ -64,10 +64,23 @@ TARGETS = (
 )
 
 
-def page(products: Row, held: Row, decode: list[Row], quality: Row) -> str:
-    """The page, in Markdown: of products with all instructions, and held to AVX2, where the targets come from; of races."""
+def _experts(tokens: int) -> dict[str, Any]:
+    return {"op": "experts", "experts": 64, "k": 8, "width": 512, "inner": 512, "tokens": tokens, "peer": "transformers-eager"}
+
+
+EXPERTS_TARGETS = (
+    Target(8, "1 token, over transformers' eager experts", _experts(1), 9, 12),
+    Target(8, "16 tokens, over transformers' eager experts", _experts(16), 4, 6),
+    Target(8, "128 tokens, over transformers' eager experts", _experts(128), 2.2, 3),
+)
+
+
+def page(products: Row, held: Row, decode: list[Row], quality: Row, experts: Row | None = None) -> str:
+    """The page, in Markdown: of products with all instructions, and held to AVX2, where the targets come from; of races; of routed layers."""
     parts = [_head(products), _decoding(decode), _quality(quality), _targets(products, "One product, 2048 x 8192"), _dense(products["rows"])]
     parts += [_targets(held, "The same, ours and torch's held to AVX2"), _every(products["rows"], "Every product that was timed"), _every(held["rows"], "Held to AVX2")]
+    if experts is not None:
+        parts += [_targets(experts, "Routed experts: 64 of which a token gets 8, width 512", EXPERTS_TARGETS), _layers(experts["rows"])]
     return "\n".join(line for part in parts for line in part) + "\n"
 
 
@@ -82,12 +95,12 @@ def _head(products: Row) -> Iterator[str]:
     yield "A sparse speed-up is a ratio to **our own dense engine at the same bits**. Ratios to anything else are engine speed-ups, and are called that.\n"
 
 
-def _targets(result: Row, title: str) -> Iterator[str]:
+def _targets(result: Row, title: str, targets: tuple[Target, ...] | None = None) -> Iterator[str]:
     rows = result["rows"]
     yield f"## {title}\n"
     yield f"torch multiplies at {result['machine']['float32_gflops']} GF/s here. The ratios that were thought possible come from an AVX2 machine with 35 GB/s.\n"
     yield "| target | what | ratio | rounds | thought possible | goal | |\n|---|---|---|---|---|---|---|"
-    for t in TARGETS:
+    for t in TARGETS if targets is None else targets:
         row = t.row(rows)
         if row is None:
             yield f"| {t.number} | {t.what} | not measured | | {t.proven:g} | {'' if t.goal is None else f'{t.goal:g}'} | |"
@@ -138,6 +151,18 @@ def _every(rows: list[Row], title: str) -> Iterator[str]:
             yield f"{start} wrong | | | | | {r['max_abs_err']:.2g} |"
         else:
             yield f"{start} {r['ratio']:.2f} | {r['ratio_min']:.2f} to {r['ratio_max']:.2f} | {r['ours_us']:.0f} | {r['peer_us']:.0f} | {r['roofline']:.0%} | {r['max_abs_err']:.2g} |"
+
+
+def _layers(rows: list[Row]) -> Iterator[str]:
+    yield "Weights of a layer are read from memory, routings change from call to call, and nobody wants gradients. Where experts are wide, one token costs every implementation the reading of the same weights.\n"
+    yield "| inner width | tokens | peer | ratio | rounds | ours, us | peer, us | GB/s | of the roofline | largest error |\n|---|---|---|---|---|---|---|---|---|---|"
+    for r in rows:
+        start = f"| {r['inner']} | {r['tokens']} | {r['peer']} |"
+        if r["ratio"] is None:
+            yield f"{start} wrong | | | | | | {r['max_abs_err']:.2g} |"
+        else:
+            yield f"{start} {r['ratio']:.2f} | {r['ratio_min']:.2f} to {r['ratio_max']:.2f} | {r['ours_us']:.0f} | {r['peer_us']:.0f} | {r['gb_per_s']:.1f} | {r['roofline']:.0%} | {r['max_abs_err']:.2g} |"
+    yield ""
 
 
 def figure(decode: list[Row], race: str = "llama.cpp") -> str:
@@ -235,11 +260,12 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     asked = parser.parse_args()
     products, held, quality = (json.loads((HERE / "results" / f"{name}.json").read_text()) for name in ("products", "products-avx2", "quality"))
+    experts = json.loads(file.read_text()) if (file := HERE / "results" / "experts.json").is_file() else None
     decode = [row for file in sorted((HERE / "results").glob("decode-*.json")) for row in json.loads(file.read_text())["rows"]]
     front = HERE.parent / "README.md"
     before, _, rest = front.read_text().partition(BEGIN)
     whole = f"{before}{BEGIN}\n{verdicts(products, decode, quality)}\n{END}{rest.partition(END)[2]}"
-    made = {DOCS / "speed.md": page(products, held, decode, quality), DOCS / "frontier.svg": figure(decode), front: whole}
+    made = {DOCS / "speed.md": page(products, held, decode, quality, experts), DOCS / "frontier.svg": figure(decode), front: whole}
     for path, text in made.items():
         if asked.write:
             path.write_text(text)

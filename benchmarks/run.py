@@ -1,4 +1,4 @@
-"""Measure and commit: `python -m benchmarks.run [products] [decode-float32 ...] [--isa avx2] [--models FOLDER] [--max-load 0.3]`."""
+"""Measure and commit: `python -m benchmarks.run [products] [experts] [decode-float32 ...] [--isa avx2] [--models FOLDER] [--max-load 0.3]`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import decode, products, quality
+from benchmarks import decode, experts, products, quality
 from rarefy.kernels.library import describe, instruction_set
 from rarefy.probes.roofline import roofline
 from rarefy.runtime.choose import processor
@@ -24,7 +24,7 @@ from rarefy.runtime.choose import processor
 # What holds torch to an instruction set: it reads them as it is imported.
 HELD = {"avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}}
 HERE = Path(__file__).parent
-WHAT = ["products", "quality", *(f"decode-{name}" for name in decode.RACES)]
+WHAT = ["products", "experts", "quality", *(f"decode-{name}" for name in decode.RACES)]
 
 
 def machine() -> dict[str, Any]:
@@ -55,7 +55,8 @@ def main() -> None:
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     if load > asked.max_load:
         sys.exit(f"a load of {load:.2f} a core is above {asked.max_load:g}: wait until the machine is quiet")
-    runs: dict[str, Callable[[], list[dict[str, Any]]]] = {"products": lambda: products.run(_note), "quality": lambda: quality.run(_note)}
+    plain = {"products": products.run, "experts": experts.run, "quality": quality.run}
+    runs: dict[str, Callable[[], list[dict[str, Any]]]] = {name: partial(run, _note) for name, run in plain.items()}
     runs |= {f"decode-{name}": partial(decode.run, name, Path(asked.models), _note) for name in decode.RACES}
     held, end = (nullcontext(), "") if asked.isa is None else (instruction_set(asked.isa), f"-{asked.isa}")
     for name in asked.what if asked.isa is None else ["products"]:

@@ -35,6 +35,15 @@ def test_every_target_was_measured():
     assert all(row["warning"] is None or "result is wrong" not in row["warning"] for row in rows)
 
 
+def test_a_routed_layer_meets_its_target_or_is_said_to_miss_it():
+    row = {"op": "experts", "experts": 64, "k": 8, "width": 512, "inner": 512, "peer": "transformers-eager", "ratio_min": 1.0, "ratio_max": 20.0}
+    row |= {"ours_us": 10.0, "peer_us": 20.0, "gb_per_s": 5.0, "roofline": 0.5, "max_abs_err": 1e-7}
+    rows = [{**row, "tokens": 1, "ratio": 4.5}, {**row, "tokens": 16, "ratio": 6.0}, {**row, "tokens": 128, "ratio": None}]
+    text = "\n".join(_targets({"rows": rows, "machine": {"float32_gflops": 1}}, "title", page.EXPERTS_TARGETS))
+    assert text.count("**missed**, 50% of it") == 1 and text.count("goal met") == 1 and text.count("not measured") == 1
+    assert [line.split("|")[4].strip() for line in list(page._layers(rows))[2:5]] == ["4.50", "6.00", "wrong"]
+
+
 def test_labels_lie_on_nothing():
     taken = [(90.0, 90.0, 20.0, 20.0)]
     for _ in range(5):
@@ -46,6 +55,7 @@ def test_labels_lie_on_nothing():
 def test_page_figure_and_first_page_are_those_of_the_results():
     load = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in ("products", "products-avx2", "quality")}
     decode = [row for file in sorted(RESULTS.glob("decode-*.json")) for row in json.loads(file.read_text())["rows"]]
-    assert (page.DOCS / "speed.md").read_text() == page.page(load["products"], load["products-avx2"], decode, load["quality"])
+    experts = json.loads((RESULTS / "experts.json").read_text()) if (RESULTS / "experts.json").is_file() else None
+    assert (page.DOCS / "speed.md").read_text() == page.page(load["products"], load["products-avx2"], decode, load["quality"], experts)
     assert (page.DOCS / "frontier.svg").read_text() == figure(decode)
     assert verdicts(load["products"], decode, load["quality"]) in (page.HERE.parent / "README.md").read_text()

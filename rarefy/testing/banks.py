@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rarefy.core.records import Routing
 from rarefy.core.roles import Bank
-from rarefy.experts.dispatch import Grouped, dispatch, fused, gather, loop
+from rarefy.experts.dispatch import batched, dispatch, fused, gather, is_grouped, loop
 from rarefy.testing import figures
 from rarefy.testing.contract import contract
 
@@ -46,9 +46,12 @@ def _ran(bank: Bank, backend: Callable[..., Tensor]) -> list[Tensor]:
 def every_back_end_is_the_loop(part: Bank) -> None:
     made = _drawn(part)
     want = _ran(made, loop)
-    for backend in (gather, *([fused] if isinstance(made, Grouped) else [])):
+    for backend in (gather, *([fused, batched] if is_grouped(made) else [])):
         for one, other in zip(_ran(made, backend), want, strict=True):
             assert torch.allclose(one, other, atol=1e-5, rtol=1e-4), f"{type(part).__name__} runs otherwise by {backend.__name__} than expert by expert"
+    with torch.no_grad():  # where it may be native
+        y = dispatch(figures.weight(9, _WIDTH, seed=5), _routing(made.experts), made)
+    assert torch.allclose(y, want[0], atol=1e-5, rtol=1e-4), f"{type(part).__name__} runs otherwise without gradients than expert by expert"
 
 
 @contract(Bank)

@@ -1,6 +1,7 @@
 // The kernels of plain C++ without Python: every product against a loop, on 1, 2, 3 and 5 threads. Built for another processor it
 // shows that the kernels are right there; with -fsanitize=thread, that no thread writes what another one reads.
 #include "../../rarefy/kernels/native/decoder.hpp"
+#include "../../rarefy/kernels/native/mixture.hpp"
 #include "../../rarefy/kernels/native/multiply.hpp"
 #include <cmath>
 #include <cstdio>
@@ -289,11 +290,39 @@ void decoder() {
   }
 }
 
+// Six experts of which two have no rows, eleven assignments of five rows; then their weighted sum.
+void mixture(i64 rows, i64 columns) {
+  const i64 end[] = {3, 3, 4, 10, 10, 11}, item[] = {0, 4, 2, 2, 1, 1, 0, 3, 4, 2, 0}, experts = 6, assigned = 11, given = 5;
+  const Floats w = normals(experts * rows * columns), bias = normals(experts * rows), x = normals(given * columns), share = normals(assigned);
+  Floats first, summed;
+  for (int threads : {1, 2, 3, 5})
+    for (int again = 0; again < 3; again++, checks++) {
+      Floats y(assigned * rows, NAN), out(given * rows, NAN);
+      multiply(run, {w.data(), bias.data(), experts, rows, columns}, x.data(), {item, end}, y.data(), threads);
+      combine(run, y.data(), assigned, rows, item, share.data(), out.data(), given, threads);
+      if (first.empty()) first = y, summed = out;
+      if (std::memcmp(first.data(), y.data(), y.size() * sizeof(float)) || std::memcmp(summed.data(), out.data(), out.size() * sizeof(float)))
+        fail("experts", rows, columns, assigned, threads);
+    }
+  std::vector<double> total(given * rows);
+  for (i64 e = 0, n = 0; e < experts; e++)
+    for (; n < end[e]; n++)
+      for (i64 r = 0; r < rows; r++) {
+        double want = bias[e * rows + r];
+        for (i64 c = 0; c < columns; c++) want += double(w[(e * rows + r) * columns + c]) * x[item[n] * columns + c];
+        if (!(std::fabs(first[n * rows + r] - want) <= 1e-4 * (1 + std::fabs(want)))) fail("experts", rows, columns, n, 1);
+        total[item[n] * rows + r] += share[n] * want;
+      }
+  for (i64 i = 0; i < given * rows; i++)
+    if (!(std::fabs(summed[i] - total[i]) <= 1e-3)) fail("the sum of experts", rows, columns, i, 1);
+}
+
 } // namespace
 
 int main() {
   products(1, 1), products(7, 13), products(33, 129);
   products(between(280, 340), between(240, 290));
+  mixture(1, 1), mixture(7, 13), mixture(200, 300);
   decoder();
   std::printf("%d checks of the %s kernels\n", checks, run.name);
 }

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.core.errors import BadInput
 from rarefy.core.records import Rows
 from rarefy.core.roles import Bank
 from rarefy.experts.banks.glu import GLU
-from rarefy.experts.dispatch import Grouped
+from rarefy.experts.dispatch import is_grouped
 
 
 class Scaled(Bank):
@@ -33,6 +32,8 @@ class Scaled(Bank):
     def __init__(self, inner: Bank, width: int) -> None:
         super().__init__()
         self.experts, self.inner, self.omega = inner.experts, inner, nn.Parameter(torch.ones(width))
+        if not is_grouped(inner):
+            self.grouped = None  # type: ignore[method-assign, assignment]  # then this bank is none either
 
     def split(self) -> Sequence[Callable[[Tensor], Tensor]]:
         """One function [n, H] -> [n, H] per expert."""
@@ -47,11 +48,6 @@ class Scaled(Bank):
         return self.inner.each(x, expert) * self.omega
 
     def grouped(self, rows: Rows) -> Tensor:
-        """Every assignment through its expert, [N, H] sorted by expert.
-
-        Raises:
-            BadInput: the inner bank has no such op.
-        """
-        if not isinstance(self.inner, Grouped):
-            raise BadInput(f"{type(self.inner).__name__} in one op", "the bank has no method grouped(rows)", "use the back end loop")
+        """Every assignment through its expert, [N, H] sorted by expert; None where the inner bank has no such op."""
+        assert is_grouped(self.inner)
         return self.inner.grouped(rows) * self.omega

@@ -80,6 +80,10 @@ struct Avx2 : Strips {
     a = _mm_add_ps(a, _mm_movehl_ps(a, a));
     return _mm_cvtss_f32(_mm_add_ss(a, _mm_shuffle_ps(a, a, 1)));
   }
+  static void sum4(const reg (&v)[4], float* p) {
+    const __m256 four = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
+  }
   static reg place(reg packed, std::uint32_t bits) {
     const __m256i lane = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes.lane[bits]));
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(packed, lane), _mm256_setzero_ps(), _mm256_castsi256_ps(lane));

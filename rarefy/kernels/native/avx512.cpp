@@ -50,6 +50,14 @@ struct Avx512 : Strips {
   static reg add(reg a, reg b) { return _mm512_add_ps(a, b); }
   static reg fma(reg a, reg b, reg c) { return _mm512_fmadd_ps(a, b, c); }
   static float sum(reg v) { return _mm512_reduce_add_ps(v); }
+  static reg halves(reg a, reg b) { return add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee)); }
+  static void sum4(const reg (&v)[4], float* p) {
+    const reg a = halves(v[0], v[1]), b = halves(v[2], v[3]);
+    reg four = add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); // a quarter of the register to each
+    four = add(four, _mm512_permute_ps(four, 0x4e));
+    four = add(four, _mm512_permute_ps(four, 0xb1));
+    _mm_storeu_ps(p, _mm512_castps512_ps128(_mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12), four)));
+  }
   static reg expand(const float* values, std::uint32_t bits) { return _mm512_maskz_expand_ps(__mmask16(bits), _mm512_loadu_ps(values)); }
   static reg expand_part(const float* values, std::uint32_t bits) { return _mm512_maskz_expandloadu_ps(__mmask16(bits), values); }
   static constexpr int groups = 2;

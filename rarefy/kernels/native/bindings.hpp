@@ -45,3 +45,4 @@ rarefy::GroupedColumns grouped_columns_of(std::uintptr_t codes, rarefy::i64 byte
 void bind_sparse(nanobind::module_& m);
 void bind_columns(nanobind::module_& m);
 void bind_decoder(nanobind::module_& m);
+void bind_experts(nanobind::module_& m);

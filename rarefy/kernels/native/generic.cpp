@@ -79,6 +79,9 @@ struct Plain {
     for (float v : r.lane) s += v;
     return s;
   }
+  static void sum4(const reg (&v)[4], float* p) {
+    for (int i = 0; i < 4; i++) p[i] = sum(v[i]);
+  }
   static reg expand(const float* values, std::uint32_t bits) { return expand_part(values, bits); }
   static reg expand_part(const float* values, std::uint32_t bits) {
     reg r{};

@@ -122,6 +122,8 @@ struct Kernels {
   void (*n_of_m)(const NofM&, const float* x, const float* bias, float* y, i64 batch, i64 from, i64 to);
   // to [columns, to_stride] = from [rows, from_stride] turned, with zeros where rows are missing up to `lanes`; and without them, back.
   void (*turn)(const float* from, i64 from_stride, i64 rows, i64 columns, float* to, i64 to_stride, i64 lanes);
+  // y [B, O] = x W^T (+ bias [O]) for rows of x at these addresses, and the output rows from .. to
+  void (*scattered)(const Dense&, const float* const* x, const float* bias, float* y, i64 batch, i64 from, i64 to);
   void (*bitmask_unpack)(const Bitmask&, float* dense, i64 from, i64 to);
   float (*dot)(const float* a, const float* b, i64 n);
   void (*add)(float* y, const float* x, float scale, i64 n); // y += scale * x

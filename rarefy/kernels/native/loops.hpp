@@ -1,5 +1,5 @@
 // The loops of every kernel, written once over a vector type V; each instruction set instantiates them.
-//   V::width, V::reg, zero(), set(f), load(p), load_part(p, n) (then zeros), store_part(p, v, n), add, mul, fma(a, b, c), sum(v)
+//   V::width, V::reg, zero(), set(f), load(p), load_part(p, n) (then zeros), store_part(p, v, n), add, mul, fma(a, b, c), sum(v), sum4(four v, p): four sums
 //   V::expand(values, bits): lane j is the next value where bit j is set, else 0; reads V::width values
 //   V::expand_part: the same, and reads no value past the last one set
 #pragma once

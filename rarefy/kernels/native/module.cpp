@@ -126,4 +126,5 @@ NB_MODULE(_native, m) {
   bind_sparse(m);
   bind_columns(m);
   bind_decoder(m);
+  bind_experts(m);
 }
