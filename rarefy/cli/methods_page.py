@@ -69,7 +69,7 @@ def generate() -> str:
     for name, trained in train_recipes().items():
         phases = trained.phases(DENSITY, STEPS)
         words = "; then ".join(_shortened([_phase(phase, trained) for phase in phases]))
-        lines += _section(name, words, [trained, trained.allocation, *(part for phase in phases for part in _phase_parts(phase))], evidence)
+        lines += _section(name, words, [trained, *_made_by(trained), trained.allocation, *(part for phase in phases for part in _phase_parts(phase))], evidence)
     lines += ["## Gatings", ""]
     for name, gating in gatings().items():
         words = "; ".join(f"`{places}` with `{gate.__name__}`" for places, gate in gating.parts)
@@ -121,17 +121,33 @@ def _gating_parts(gating: Gating) -> list[Any]:
     return [part for pair in gating.parts for part in pair] + [gating.sharing]
 
 
+def _made_by(recipe: TrainRecipe) -> list[Any]:
+    """What makes the phases, where it is a value with hyper-parameters of its own."""
+    return [] if inspect.isfunction(recipe.phases) else [recipe.phases]
+
+
 def _phase_parts(phase: Phase) -> list[Any]:
     return [
         part
-        for part in (phase.density, phase.criterion, phase.allocation, phase.pattern, phase.rewiring, phase.fraction, phase.rate, *phase.penalties, *phase.enter)
+        for part in (
+            phase.density,
+            phase.criterion,
+            phase.allocation,
+            phase.pattern,
+            phase.rewiring,
+            phase.fraction,
+            phase.rate,
+            *phase.knobs.values(),
+            *phase.penalties,
+            *phase.enter,
+        )
         if part is not None
     ]
 
 
 def _phase(phase: Phase, recipe: TrainRecipe) -> str:
     names = ("density", "criterion", "pattern", "rewiring", "fraction", "rate")
-    parts = {"allocation": phase.allocation or recipe.allocation, **{name: getattr(phase, name) for name in names if getattr(phase, name) is not None}}
+    parts = {"allocation": phase.allocation or recipe.allocation, **{name: getattr(phase, name) for name in names if getattr(phase, name) is not None}, **phase.knobs}
     words = ", ".join(f"{name} `{part}`" for name, part in parts.items())
     kept = "" if phase.enforce else "; masked weights keep their values and may return"
     words += "".join(f", entered by `{action}`" for action in phase.enter)

@@ -54,5 +54,10 @@ def train(
 
 def _draw(record: dict[str, Any]) -> None:
     table(record["sites"], ["key", "shape", "nnz"], f"{record['recipe']} ({record['allocation']}) on {record['task']}")
-    metrics = ", ".join(f"{k} {v:.4g}" for k, v in record["metric"].items())
-    line(f"density {record['density']:.4g} of {record['density_requested']:.4g} asked; {metrics}")
+    for number, state in enumerate(record.get("states", ())):
+        line(f"state {number + 1}: {_figures(state)}")
+    line(f"density {record['density']:.4g} of {record['density_requested']:.4g} asked; {_figures(record['metric'])}")
+
+
+def _figures(metric: dict[str, float]) -> str:
+    return ", ".join(f"{k} {v:.4g}" for k, v in metric.items())

@@ -41,7 +41,7 @@ class Anytime:
     Raises:
         BadInput: no state, or a density outside (0, 1].
 
-    Source: Misra, Arani et al., APP, arXiv 2204.01640, and the authors' code: tau = 4.5, so that 37% are kept in the end.
+    Source: Misra et al., APP, arXiv 2204.01640, and the authors' code: tau = 4.5, so that 37% are kept in the end.
 
     >>> [round(p.density.value, 3) for p in Anytime(3)(0.8**4.5, 90)]
     [0.8, 0.541, 0.366]

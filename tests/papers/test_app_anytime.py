@@ -238,6 +238,8 @@ def test_a_user_reaches_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0, err
     found = json.loads(out)
     assert sum(site["nnz"] for site in found["sites"]) == keep_count(8832, 0.366) and len(found["states"]) == 6
+    code, out, err = run(capsys, "train", "arriving_digits:every=5", "--recipe", "app-anytime", "--density", "0.366", "--steps", "30")
+    assert code == 0 and f"state 2: accuracy {found['states'][1]['accuracy']:.4g}, errors" in out + err
     with pytest.raises(BadInput, match="waits 5 times for new data, which arrives 0 times"):
         train(DIGITS, APP, density=0.3, steps=60)
     with pytest.raises(BadInput, match="a state or more"):

@@ -151,8 +151,13 @@ def _is_own(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Phases:
-    """Train densely by half of the steps; then freeze the model and learn factors, while what goes, goes along a cubic."""
+class Tuned:
+    """Train densely by half of the steps; then freeze the model and learn factors, while what goes, goes along a cubic.
+
+    ``w_eff = (W + U V) * top_k(|W + U V| + A B + r 1^T + 1 c^T)``, W frozen, all else learned straight through the mask
+
+    Source: Li et al., PST, arXiv 2205.11005, and the authors' code, see `PST`.
+    """
 
     rank: int = 8
 
@@ -167,4 +172,4 @@ class Phases:
         )
 
 
-PST_RECIPE = TrainRecipe("pst", Phases(), Uniform(), Magnitude(), PAPER)
+PST_RECIPE = TrainRecipe("pst", Tuned(), Uniform(), Magnitude(), PAPER)
