@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from rarefy.core.errors import BadFile
@@ -16,6 +17,7 @@ from rarefy.kernels.grouped import GroupedMatrix
 from rarefy.kernels.grouped import reference as grouped
 from rarefy.kernels.library import SWITCH, available, describe, instruction_set, native, pointer
 from rarefy.kernels.samples import samples
+from rarefy.layouts import LAYOUTS
 from rarefy.layouts.bits import pack_bits
 
 NATIVE = pytest.mark.skipif(native() is None, reason="the native kernels were not built here")
@@ -133,6 +135,20 @@ def test_other_dtypes_strides_and_gradients_take_the_reference():
 
 
 @NATIVE
+@pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"n_m_g"}))
+def test_derivatives_that_no_tensor_tells_of_are_not_lost(layout):
+    chosen, weight = LAYOUTS[layout], torch.randn(8, 64) * torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(16)  # two of four, and as many in every row
+    packed = chosen.pack(weight)
+    weight, matrix = chosen.unpack(packed, (8, 64), torch.float32), chosen.matrix(packed, (8, 64), torch.float32)
+    x, t = torch.randn(3, 64), torch.randn(3, 64)
+    want = t @ weight.T
+    torch.testing.assert_close(torch.func.jvp(matrix.linear, (x,), (t,))[1], want)
+    torch.testing.assert_close(torch.func.vmap(matrix.linear)(x), x @ weight.T)
+    torch.testing.assert_close(torch.func.grad(lambda x: matrix.linear(x).sum())(x), weight.sum(0).expand(3, 64))
+    with forward_ad.dual_level():
+        torch.testing.assert_close(forward_ad.unpack_dual(matrix.linear(forward_ad.make_dual(x, t))).tangent, want)
+
+
 def test_compiled_code_takes_the_reference_without_a_break():
     weight = torch.randn(6, 20) * (torch.rand(6, 20) < 0.5)
     matrix, x = BitmaskMatrix(*packed(weight), 20), torch.randn(2, 20)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 SWITCH = "RAREFY_NATIVE"  # "off" computes everything in PyTorch
@@ -70,9 +71,14 @@ def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def usable() -> bool:
+    """Whether the extension may compute now: it is here, and nothing rewrites torch's calls as the compiler, `torch.func` and derivatives carried forward do."""
+    return not (native() is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+
+
 def suits(*tensors: Tensor | None) -> bool:
-    """Whether these can be handed to a kernel as they are: float32 on the CPU, contiguous, no gradient wanted, not compiling."""
-    if native() is None or torch.compiler.is_compiling():
+    """Whether these can be handed to a kernel as they are: `usable`, float32 on the CPU, contiguous, no gradient wanted."""
+    if not usable():
         return False
     here = [t for t in tensors if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in here):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rarefy.core.errors import BadFile
 from rarefy.kernels.bitmask import reference
-from rarefy.kernels.library import native, pointer, product, suits
+from rarefy.kernels.library import native, pointer, product, suits, usable
 
 FEW = 16  # rows of x up to which the kernel multiplies; above, it unpacks once and the dense product is faster
 
@@ -43,7 +43,7 @@ class BitmaskMatrix:
 
     def dense(self) -> Tensor:
         """The matrix [O, I]."""
-        if not (self.fast and native() is not None and not torch.compiler.is_compiling()):
+        if not (self.fast and usable()):
             return reference.unpack(self.bits, self.values, self.columns)
         out = torch.empty(self.rows, self.columns)
         native().bitmask_unpack(*self.arguments(), pointer(out), torch.get_num_threads())  # type: ignore[union-attr]

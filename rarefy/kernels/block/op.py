@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rarefy.core.errors import BadFile
 from rarefy.kernels.block import reference
-from rarefy.kernels.library import native, pointer, product, suits
+from rarefy.kernels.library import native, pointer, product, suits, usable
 
 PART = 128  # columns of a row that are counted apart: kPart of kernels.hpp
 MOST = 256  # rows or columns of a block; rows of x above which a dense matrix is worth unpacking
@@ -51,7 +51,7 @@ class BlockMatrix:
 
     def dense(self) -> Tensor:
         """The matrix [O, I]."""
-        if not (self.fast and native() is not None and not torch.compiler.is_compiling()):
+        if not (self.fast and usable()):
             return reference.unpack(self.counts, self.index, self.values, (self.rows, self.columns))
         out = torch.empty(self.rows, self.columns)
         native().blocks_unpack(*self.arguments(), pointer(out), torch.get_num_threads())  # type: ignore[union-attr]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from rarefy.core.errors import BadInput
 from rarefy.kernels.experts import reference
@@ -25,15 +24,8 @@ def few(assignments: int, experts: int) -> bool:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether the native side may compute with these: they suit it, and nobody watches or transforms torch's calls.
-
-    A counter of operations watches; so do derivatives carried forward and `torch.func`, which no tensor's requires_grad tells of.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    return suits(*tensors)
+    """Whether the native side may compute with these: they suit it, and nobody watches torch's calls, as a counter of operations does."""
+    return suits(*tensors) and not torch._C._len_torch_dispatch_stack() and not torch._C._len_torch_function_stack()
 
 
 def _numbers(*tensors: Tensor | None) -> bool:

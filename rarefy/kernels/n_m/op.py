@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import BadFile
-from rarefy.kernels.library import native, pointer, product, suits
+from rarefy.kernels.library import native, pointer, product, suits, usable
 from rarefy.kernels.n_m import reference
 
 FEW = 16  # rows of x up to which the kernel multiplies; above, it unpacks once and the dense product is faster
@@ -44,7 +44,7 @@ class NofMMatrix:
 
     def dense(self) -> Tensor:
         """The matrix [O, I]."""
-        if not (self.fast and native() is not None and not torch.compiler.is_compiling()):
+        if not (self.fast and usable()):
             return reference.unpack(self.values, self.positions, self.n, self.m, self.columns)
         out = torch.empty(self.rows, self.columns)
         native().n_of_m_unpack(*self.arguments(), pointer(out), torch.get_num_threads())  # type: ignore[union-attr]
