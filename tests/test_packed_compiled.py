@@ -88,7 +88,7 @@ def test_compiled_code_computes_natively_with_matrices_that_are_made_once(monkey
             return getattr(real, name)
 
     made = type(LAYOUTS["bitmask"]).matrix
-    monkeypatch.setattr("rarefy.kernels.bitmask.op.native", lambda: Seen())
+    monkeypatch.setattr("rarefy.kernels.library.native", lambda: Seen())
     monkeypatch.setattr(type(LAYOUTS["bitmask"]), "matrix", lambda self, *given: matrices.append(given) or made(self, *given))
     model = nn.Sequential(packed(PackedLinear, "bitmask"), nn.ReLU(), packed(PackedLinear, "bitmask", shape=(5, 24)))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
