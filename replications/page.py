@@ -32,7 +32,7 @@ def _healing(result: Row) -> Iterator[str]:
     yield "## Healing methods, at equal tokens\n"
     yield (
         f"SmolLM2-135M pruned one-shot by SparseGPT to {f['pruned']['density']:.0%} of its weights, then healed by each method from the same weights: {first['steps']} steps of one window of {t['window']} "
-        f"tokens, {first['tokens']:,} in all, the same windows in the same order; seeds {_listed(map(str, f['seeds']))}; scored on {t['scored']:,} held-out tokens. `full, distilled` trains every kept weight and "
+        f"tokens, {first['tokens']:,} in all, the same windows in the same order; {_seeds(f['seeds'])}; scored on {t['scored']:,} held-out tokens. `full, distilled` trains every kept weight and "
         "learns from the dense parent besides, which costs it a second forward a step; the others read the text alone.\n"
     )
     yield "| | numbers learned | learning rate | perplexity | interval | over pruned | over dense | zeros lost |\n|---|---|---|---|---|---|---|---|"
@@ -112,7 +112,8 @@ def _rounding(result: Row) -> Iterator[str]:
     yield (
         "The demo's model comes from a Q4_1 file, so that int4-asymmetric is lossless on it by construction. Here a character model of four Llama blocks is trained in float32 from "
         f"scratch ({f['characters']:,} characters of Wikipedia, {len(f['seeds'])} seeds), packed, written, loaded again and scored on {f['scored']:,} held-out characters: with the weights unpacked, and as the native engine "
-        "decodes it. The sparse ones are pruned to half by SparseGPT and healed. A rise is over the same weights in float32, seeds averaged.\n"
+        "decodes it. The sparse ones are pruned to half by SparseGPT and healed, which is training that the dense one did not get: the last column holds both. A rise is over the same weights "
+        f"in float32, seeds averaged. {f['steps']} steps leave a model far from its best, and such a one forgives rounding: take no promise for yours from it.\n"
     )
     yield "| weights | stored as | bytes | nats a character, each seed | rise, unpacked | rise, native engine | over the dense float32 model |\n|---|---|---|---|---|---|---|"
     for r in f["rows"]:
@@ -122,6 +123,10 @@ def _rounding(result: Row) -> Iterator[str]:
         name = f"float32{', bitmask' if r['density'] < 1 else ''}" if exact else r["layout"]
         yield f"| {r['what']} | {name} | {r['bytes']:,} | {', '.join(f'{n:.4f}' for n in r['unpacked']['nats_each_seed'])} {rises} {over} |"
     yield f"\nSet before it was run: {_listed(f'{layout} at most {most:.1%}' for layout, most in f['ceiling'].items())} on the dense model, by the upper end of the interval in the native engine. Verdict: {result['verdict']}."
+
+
+def _seeds(seeds: list[int]) -> str:
+    return f"{'seed' if len(seeds) == 1 else 'seeds'} {_listed(map(str, seeds))}"
 
 
 def _span(interval: list[float]) -> str:
