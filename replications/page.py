@@ -53,7 +53,7 @@ def _pairs(f: Row) -> Iterator[str]:
     yield "On these tokens, for this budget and these learning rates:\n"
     yield from (f"- {low} is lower than {high}: {_change(change)}" for low, high, change in apart)
     if same:
-        yield f"- not told apart: {_listed(same)}"
+        yield f"- not told apart: {'; '.join(same)}"
     if len(f["seeds"]) == 1:
         yield "\nThe intervals are over text, not over seeds: there is one.\n"
     else:
@@ -84,7 +84,7 @@ def _levels(f: Row) -> Iterator[str]:
     control = f["control"]["healed"]["over_dense"]
     yield (
         f"\nHealing also teaches the style of its text, which the dense model was never shown: the same training of the model without the {1 - f['control']['density']:.0%} smallest of its weights moves it by "
-        f"{_change(control)} from the dense one. Read the column against that, too.\n"
+        f"{_change(control)} from the dense one. That much of what is called healed here may be style.\n"
     )
 
 
