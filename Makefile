@@ -33,6 +33,7 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/rarefy catalogue --check
 	$(BIN)/python -m benchmarks.page --check
+	$(BIN)/python -m replications.page --check
 
 docs: install
 	$(BIN)/mkdocs build --strict --site-dir build/docs

@@ -18,7 +18,7 @@ from rarefy import catalogue
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-OTHER = ("__init__", "run")
+OTHER = ("__init__", "run", "page")
 
 
 def replications() -> dict[str, ModuleType]:
@@ -48,19 +48,24 @@ def perform(name: str, module: ModuleType) -> dict[str, Any]:
         "digest": catalogue.digest(sources(name, module)),
     }
     (HERE / "results" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    if module.SLUG is not None:
-        _record(name, module, result)
+    record(name, module, result)
     return result
 
 
-def _record(name: str, module: ModuleType, result: dict[str, Any]) -> None:
-    """The verdict beside those of the tests, so that the catalogue shows it."""
+def record(name: str, module: ModuleType, result: dict[str, Any]) -> None:
+    """The verdict beside those of the tests, so that the catalogue shows it: at every paper that it speaks of."""
     evidence = json.loads(catalogue.EVIDENCE.read_text())
-    others = [c for c in evidence.get(module.SLUG, []) if (c["name"], c["kind"]) != (module.NAME, "replication")]
     listed = sorted(str(s.relative_to(ROOT)) for s in sources(name, module))
     entry = {"name": module.NAME, "kind": "replication", "verdict": "pass" if result["verdict"] == "pass" else "fail", "sources": listed, "digest": result["digest"]}
-    evidence[module.SLUG] = sorted([*others, entry], key=lambda c: (c["name"], c["kind"]))
+    for slug in slugs(module):
+        others = [c for c in evidence.get(slug, []) if (c["name"], c["kind"]) != (module.NAME, "replication")]
+        evidence[slug] = sorted([*others, entry], key=lambda c: (c["name"], c["kind"]))
     catalogue.EVIDENCE.write_text(json.dumps(evidence, indent=1) + "\n")
+
+
+def slugs(module: ModuleType) -> tuple[str, ...]:
+    """The rows of the catalogue that a replication speaks of: SLUG is one, several, or None."""
+    return () if module.SLUG is None else (module.SLUG,) if isinstance(module.SLUG, str) else tuple(module.SLUG)
 
 
 def main() -> None:
@@ -68,8 +73,14 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="only these")
     parser.add_argument("--all", action="store_true", help="fresh ones too")
     parser.add_argument("--check", action="store_true", help="run nothing; exit 1 where a result is stale")
+    parser.add_argument("--record", action="store_true", help="run nothing; put the verdicts of the fresh committed results beside the evidence")
     options = parser.parse_args()
     found = replications()
+    if options.record:
+        for name, module in found.items():
+            if not stale(name, module):
+                record(name, module, json.loads((HERE / "results" / f"{name}.json").read_text()))
+        return
     due = {n: m for n, m in found.items() if n in options.names or (not options.names and (options.all or stale(n, m)))}
     if options.check:
         print(f"stale: {', '.join(due) or 'none'} of {len(found)}")
