@@ -260,11 +260,13 @@ class Layer(Role):
     """A routed layer that is more than one router over one bank, as a value: `make` gives its module.
 
     The module takes x [..., d], and a Context or the one of its `Ambient`, to [..., d]; padding comes out as zeros and changes nothing, and a
-    `Trace` sees it by its `Tap`. `balances` and `controllers` are what its paper trains it with.
+    `Trace` sees it by its `Tap`. `balances` and `controllers` are what its paper trains it with, `parts` the classes from other files that
+    its evidence depends on.
     """
 
     balances: ClassVar[tuple[Balance, ...]] = ()
     controllers: ClassVar[tuple[Controller, ...]] = ()
+    parts: ClassVar[tuple[type[Any], ...]] = ()
 
     @abstractmethod
     def make(self, width: int, experts: int, inner: int, /) -> nn.Module: ...

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from rarefy.core.errors import BadInput
-from rarefy.core.roles import Bank, Choice
+from rarefy.core.roles import Choice
 
 
 def set_active(model: nn.Module, k: int) -> nn.Module:
@@ -29,7 +29,7 @@ def set_active(model: nn.Module, k: int) -> nn.Module:
     layers = [layer for layer in model.modules() if counts(layer)]
     if not layers:
         raise BadInput(f"{k} experts per row in {type(model).__name__}", "it needs a routed layer whose choice takes a number k")
-    fewest = min(_experts(layer) for layer in layers)
+    fewest = min(experts_of(layer) for layer in layers)
     if not 1 <= k <= fewest:
         raise BadInput(f"k = {k} with {fewest} experts", "a row takes between one and all of the experts", "choose k in 1..E")
     for layer in layers:
@@ -40,7 +40,7 @@ def set_active(model: nn.Module, k: int) -> nn.Module:
 def counts(layer: Any) -> bool:
     """Whether it is a routed layer whose choice takes a number k."""
     choice = getattr(layer, "choice", None)
-    return isinstance(choice, Choice) and isinstance(getattr(layer, "bank", None), Bank) and hasattr(choice, "k")
+    return isinstance(choice, Choice) and hasattr(choice, "k")
 
 
 def with_k(layer: Any, k: int) -> None:
@@ -49,6 +49,7 @@ def with_k(layer: Any, k: int) -> None:
         layer.choice = dataclasses.replace(layer.choice, k=k)
 
 
-def _experts(layer: Any) -> int:
-    bank: Bank = layer.bank
-    return bank.experts
+def experts_of(layer: Any) -> int:
+    """How many experts a routed layer has: its bank's, or its own."""
+    bank = getattr(layer, "bank", layer)
+    return int(bank.experts)

@@ -196,7 +196,7 @@ def _later_rows_matter(part: Choice, training: bool) -> bool:
 def _scored(part: Affinity, x: Tensor, training: bool = False) -> Scores:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        scores: Scores = part(x, Context(training=training), GLU(_EXPERTS, _WIDTH, 6))
+        scores: Scores = part(x, Context(ids=torch.arange(len(x)), training=training), GLU(_EXPERTS, _WIDTH, 6))
         return scores
 
 
@@ -240,7 +240,7 @@ def a_row_is_scored_alone(part: Affinity) -> None:
 def evaluation_has_no_noise(part: Affinity) -> None:
     made, x = _drawn(part), figures.weight(_ROWS, _WIDTH)
     bank = GLU(_EXPERTS, _WIDTH, 6)
-    one, other = (made(x, Context(), bank) for _ in range(2))
+    one, other = (made(x, Context(ids=torch.arange(_ROWS)), bank) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(_seen(one), _seen(other), strict=True)), f"{part!r} scores twice differently outside training"
 
 

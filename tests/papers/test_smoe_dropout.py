@@ -15,8 +15,12 @@ from rarefy.core.discover import train_recipes
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Entry, Scores
 from rarefy.core.roles import Controller
+from rarefy.core.trace import Trace
 from rarefy.experts.active import set_active
 from rarefy.experts.banks.glu import GLU
+from rarefy.experts.layers.autonomy import Autonomy
+from rarefy.experts.layers.competition import Competition
+from rarefy.experts.layers.sub_tokens import SubTokens
 from rarefy.experts.moe import MoE
 from rarefy.experts.routers.frozen import Frozen, GrowingTopK, GrowK
 from rarefy.experts.routers.linear import Linear
@@ -149,6 +153,13 @@ def test_one_file_serves_any_k_and_setting_k_back_keeps_every_bit() -> None:
     with pytest.raises(BadInput, match="takes a number k"):
         set_active(nn.Linear(1, 1), 1)
     assert torch.equal(model(x), whole)
+
+
+def test_k_is_set_in_layers_of_every_kind() -> None:
+    kinds = nn.Sequential(Autonomy(rank=1).make(6, 4, 5), Competition().make(6, 4, 5), SubTokens(2).make(6, 4, 5), MoE(Linear(6, 4), TopK(2), GLU(4, 6, 5)))
+    with Trace(set_active(kinds, 3)) as trace:
+        kinds.eval()(torch.randn(5, 6))
+    assert [entry.routing.k for entry in trace.entries] == [3, 3, 3, 3]
 
 
 def test_all_experts_and_a_lone_one_are_what_they_must_be() -> None:

@@ -183,6 +183,7 @@ class Competition(Layer):
         ),
     )
     balances = (LoadBalance(0.01),)
+    parts = (FFN, Linear, TopK)
     k: int = 2
     rate: float = 0.1
     warmup: int = 0

@@ -133,6 +133,7 @@ class ProductKeys(Layer):
             "its language models were not trained",
         ),
     )
+    parts = (Singletons,)
     heads: int = 8
     k: int = 16
     query: int | None = None

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Entry, Paper, Routing, Scores
 from rarefy.core.roles import Affinity, Choice, Controller
-from rarefy.experts.active import counts, with_k
+from rarefy.experts.active import counts, experts_of, with_k
 from rarefy.experts.routers.topk import TopK
 from rarefy.experts.routing import per_row
 
@@ -80,15 +80,15 @@ class GrowK(Controller):
 
     def start(self, layers: Mapping[str, Any]) -> dict[str, Any]:
         for path, layer in layers.items():
-            if counts(layer) and max(self.k(0, layer.bank.experts), self.k(self.over, layer.bank.experts)) > layer.bank.experts:
-                raise BadInput(f"{self!r} for {path or 'a layer'} of {layer.bank.experts} experts", "a row takes between one and all of the experts")
+            if counts(layer) and max(self.k(0, experts_of(layer)), self.k(self.over, experts_of(layer))) > experts_of(layer):
+                raise BadInput(f"{self!r} for {path or 'a layer'} of {experts_of(layer)} experts", "a row takes between one and all of the experts")
         self.resume({"step": 0}, layers)
         return {"step": 0}
 
     def resume(self, state: dict[str, Any], layers: Mapping[str, Any]) -> None:
         for layer in layers.values():
             if counts(layer):
-                with_k(layer, self.k(state["step"], layer.bank.experts))
+                with_k(layer, self.k(state["step"], experts_of(layer)))
 
     def after_step(self, state: dict[str, Any], layers: Mapping[str, Any], entries: Sequence[Entry], optimizer: Optimizer) -> dict[str, Any]:
         state = {"step": state["step"] + 1}
