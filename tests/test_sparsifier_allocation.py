@@ -26,7 +26,7 @@ from rarefy.weights.sparsifier import Sparsifier
 from rarefy.weights.train import train
 
 OWN = {"rigl": ERK, "set": ER, "static": ERK, "gradual-magnitude": Uniform}
-RATED = dict.fromkeys(("snip", "grasp", "synflow", "imp", "imp-rate", "er-source-nets"), Global) | {"srigl": ERK}
+RATED = dict.fromkeys(("snip", "grasp", "synflow", "imp", "imp-rate", "er-source-nets", "ac-dc", "gradual-restarts"), Global) | {"srigl": ERK}
 
 
 def test_every_recipe_states_its_papers_allocation() -> None:
