@@ -48,7 +48,7 @@ def fit(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Fit:
             logs = F.log_softmax(call(model, x).double(), dim=-1)
             loss += float(F.nll_loss(logs, y, reduction="sum"))
             right += int((logs.argmax(-1) == y).sum())
-            entropy += float(-(logs.exp() * logs).nan_to_num().sum())
+            entropy += float(torch.special.entr(logs.exp()).sum())
             rows += y.numel()
     if not rows:
         raise BadInput("no batches", "a fit is a mean over examples", "pass at least one batch")

@@ -17,7 +17,7 @@ from rarefy.cli.main import main
 from rarefy.core.attach import exported
 from rarefy.core.discover import train_recipes
 from rarefy.core.errors import BadInput
-from rarefy.core.records import Phase, TrainRecipe
+from rarefy.core.records import Phase
 from rarefy.probes.undertraining import Fit, fit, overlap, spent
 from rarefy.tasks import digits
 from rarefy.weights.schedules.alternating import AC_DC, turns
