@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,13 +18,16 @@ from rarefy.cli.main import main
 from rarefy.core.attach import exported
 from rarefy.core.discover import train_recipes
 from rarefy.core.errors import BadInput
+from rarefy.core.exact import keep_count
 from rarefy.core.records import Phase
 from rarefy.probes.undertraining import Fit, fit, overlap, spent
 from rarefy.tasks import digits
+from rarefy.tasks.digits import Digits
 from rarefy.weights.schedules.alternating import AC_DC, turns
 from rarefy.weights.schedules.constant import Constant
 from rarefy.weights.schedules.static import STATIC
 from rarefy.weights.sparsifier import Sparsifier
+from rarefy.weights.train import train
 from tests.evidence import check
 from tests.papers.at_start import DIGITS
 
@@ -195,6 +199,25 @@ def test_longer_at_the_end_of_the_short_schedule_does_not() -> None:
 
 
 # -- edges
+@check("ac-dc", "a stop in a phase or at its end resumes to the same bytes, and every phase keeps an exact count", kind="contract")
+@pytest.mark.parametrize(("saved", "stopped"), [(8, 9), (6, 7), (7, 13)], ids=["a sparse phase begins", "a dense phase begins", "within a dense phase"])
+def test_resumes(tmp_path: Path, saved: int, stopped: int) -> None:
+    """Of 40 steps, dense phases begin at 6, 10, 14, ..., sparse ones at 4, 8, 12, ..."""
+    pytest.importorskip("sklearn")
+    task = Digits(width=16, rows=8)
+    whole = train(task, AC_DC, density=0.3, steps=40, checkpoint_dir=tmp_path / "whole")
+
+    def stop(done: int, total: int) -> None:
+        if done == stopped:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(task, AC_DC, density=0.3, steps=40, checkpoint_dir=tmp_path / "cut", save_every=saved, progress=stop)
+    assert train(task, AC_DC, density=0.3, steps=40, checkpoint_dir=tmp_path / "cut", save_every=saved) == whole
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (tmp_path / "cut" / "model.safetensors").read_bytes()
+    assert sum(site["nnz"] for site in whole["sites"]) == keep_count(1440, 0.3)
+
+
 def test_a_user_reaches_it(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     assert main(["train", "digits", "--recipe", "ac-dc", "--density", "0.1", "--steps", "40", "--json"]) == 0
