@@ -10,7 +10,7 @@ import csv
 import hashlib
 import inspect
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +107,19 @@ def sources_of(slug: str) -> list[Path]:
     """The files that hold the objects of a slug, and those of the parts that a recipe, a gating or a class names (a router its balance losses)."""
     files = set()
     for value in papers().get(slug, []):
-        parts = [*([value] if inspect.isclass(value) else []), *(kind for held in vars(value).values() for kind in _kinds(held))]
+        held = [each for each in vars(value).values() if not (inspect.isclass(value) and inspect.isfunction(each))]  # a class's methods are in its file
+        parts = [*([value] if inspect.isclass(value) else []), *(kind for each in held for kind in _kinds(each))]
         files |= {Path(inspect.getfile(p)) for p in parts if "core/records" not in inspect.getfile(p)}
     return sorted(files)
 
 
-def _kinds(held: Any) -> list[type[Any]]:
-    """The classes of ours among a value's parts."""
+def _kinds(held: Any) -> list[Any]:
+    """The classes and functions of ours among a value's parts."""
     if isinstance(held, tuple):
         return [kind for each in held for kind in _kinds(each)]
-    kind = held if inspect.isclass(held) else type(held)
+    if isinstance(held, partial):
+        held = held.func
+    kind = held if inspect.isclass(held) or inspect.isfunction(held) else type(held)
     return [kind] if kind.__module__.startswith("rarefy") else []
 
 

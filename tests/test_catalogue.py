@@ -86,3 +86,9 @@ def test_check_names_the_rows_that_differ_and_what_to_run(evidence: Any, tmp_pat
     with pytest.raises(catalogue.Stale, match=f"differs in {SLUG}.*run make catalogue") as refused:
         catalogue.check()
     assert refused.value.exit_code == 1
+
+
+@pytest.mark.parametrize(("slug", "file"), [("imp", "weights/rewind.py"), ("gradual-magnitude", "weights/schedules/cubic.py"), ("switch", "experts/overflow/capacity.py")])
+def test_the_sources_of_a_row_hold_what_makes_its_phases_and_what_its_parts_are(slug: str, file: str) -> None:
+    sources = catalogue.sources_of(slug)
+    assert ROOT / "rarefy" / file in sources and all(ROOT / "rarefy" in source.parents for source in sources)
