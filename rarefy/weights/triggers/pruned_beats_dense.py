@@ -56,7 +56,7 @@ class PrunedBeatsDense(Trigger):
     def __post_init__(self) -> None:
         if not 0.0 < self.density <= 1.0 or self.every < 1:
             raise BadInput(f"density {self.density}, every {self.every}", "a density lies in (0, 1] and a round has at least one step", "pass for example density=0.1, every=100")
-        if not 0 <= self.half or self.limit < self.window:
+        if self.half < 0 or self.limit < self.window:
             raise BadInput(f"limit {self.limit}", f"a window has {self.window} rounds, and the phase at least one window", "train for more steps")
 
     @property
