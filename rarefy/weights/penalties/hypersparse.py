@@ -36,7 +36,7 @@ PAPER = Paper(
 
 @dataclass(frozen=True)
 class HyperSparse(GradientPenalty):
-    """Pull on each weight by how small it is beside the largest that a cut would take, harder from round to round.
+    """Pull on each weight by how small it is beside the smallest that a cut would keep, harder from round to round.
 
     ``g <- g + strength growth^(t // every) sign(w) s sech^2(s |w|) sum |w| / sum tanh(s |w|),  s = 0.6585 / |w|_(k)``
 
@@ -54,7 +54,7 @@ class HyperSparse(GradientPenalty):
 
     >>> part, w = HyperSparse(density=0.5, strength=1.0), {"a": torch.tensor([1., -0.1])}
     >>> [round(v, 3) for v in part.edit(w, {"a": torch.zeros(2)}, {}, Progress())["a"].tolist()]
-    [0.753, -1.124]
+    [0.751, -1.121]
     """
 
     density: float = 0.1
