@@ -10,28 +10,18 @@ from torch import Tensor
 
 from rarefy.core.errors import BadInput
 from rarefy.core.exact import keep_count
-from rarefy.core.records import Paper, Phase, Progress, TrainRecipe
+from rarefy.core.records import Phase, Progress, TrainRecipe
 from rarefy.weights.actions import Rewind
 from rarefy.weights.allocations.global_scores import Global
 from rarefy.weights.criteria.magnitude import Magnitude
 from rarefy.weights.penalties import GradientPenalty
 from rarefy.weights.schedules.constant import Constant
 from rarefy.weights.schedules.drops import Drops
-from rarefy.weights.triggers.pruned_beats_dense import PrunedBeatsDense
+from rarefy.weights.triggers.pruned_beats_dense import PAPER, PrunedBeatsDense
 
 STEEPEST = 0.6585  # atanh(1 / sqrt(3)), where the slope of tanh falls fastest
 START = 2e-3  # stronger than the published 5e-6 and 5e-4, for trainings of hundreds of steps
 EPOCHS = 2  # of the paper's in one of our rounds, of which there are a hundred in a training
-PAPER = Paper(
-    "hypersparse",
-    "HyperSparse Neural Networks: Shifting Exploration to Exploitation through Adaptive Regularization",
-    "arXiv 2308.07163",
-    (
-        "dense and pruned model are compared by their mean loss over the calibration batches, at the same step; the paper compares accuracies over the training set",
-        "a hundredth of the steps stands for two epochs, and the recipe begins at a strength of 2e-3 (the class at 5e-6); the regularised stage ends after two fifths of the steps at the latest, where the paper sets no bound",
-        "exact counts: ties at the threshold go to the lower index",
-    ),
-)
 
 
 @dataclass(frozen=True)

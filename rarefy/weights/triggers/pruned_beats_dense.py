@@ -13,10 +13,21 @@ from torch import Tensor
 from rarefy.core.collect import undisturbed
 from rarefy.core.errors import BadInput
 from rarefy.core.exact import keep_count, topk_mask
-from rarefy.core.records import Event
+from rarefy.core.records import Event, Paper
 from rarefy.core.roles import Trigger
 from rarefy.weights.actions import Remember
 from rarefy.weights.allocations.global_scores import Global
+
+PAPER = Paper(
+    "hypersparse",
+    "HyperSparse Neural Networks: Shifting Exploration to Exploitation through Adaptive Regularization",
+    "arXiv 2308.07163",
+    (
+        "dense and pruned model are compared by their mean loss over the calibration batches, at the same step; the paper compares accuracies over the training set",
+        "a hundredth of the steps stands for two epochs, and the recipe begins at a strength of 2e-3 (the class at 5e-6); the regularised stage ends after two fifths of the steps at the latest, where the paper sets no bound",
+        "exact counts: ties at the threshold go to the lower index",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,7 @@ class PrunedBeatsDense(Trigger):
     limit: int = 10_000
     best: str = "best cut"
     name = "pruned-beats-dense"
+    paper = PAPER
     kind = "round"
     figure = "pruned"
 
