@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ def mean_loss(model: nn.Module) -> float:
     return sum(float(TASK.loss(model, TASK.batch(0, step))) for step in range(8)) / 8
 
 
+@cache
 def shrunk(penalties: tuple[Any, ...], seed: int = 0) -> Seen:
     model = TASK.model(seed)
     first, second = ISS_P.phases(DENSITY, STEPS)
