@@ -25,8 +25,8 @@ from rarefy.weights.schedules.static import STATIC
 from rarefy.weights.sparsifier import Sparsifier
 from rarefy.weights.train import train
 
-OWN = {"rigl": ERK, "set": ER, "static": ERK, "gradual-magnitude": Uniform}
-RATED = dict.fromkeys(("snip", "grasp", "synflow", "imp", "imp-rate", "er-source-nets"), Global) | {"srigl": ERK}
+OWN = {"rigl": ERK, "set": ER, "static": ERK, "gradual-magnitude": Uniform, "iss-p": Uniform}
+RATED = dict.fromkeys(("snip", "grasp", "synflow", "imp", "imp-rate", "er-source-nets", "hypersparse"), Global) | {"srigl": ERK}
 
 
 def test_every_recipe_states_its_papers_allocation() -> None:
