@@ -25,8 +25,10 @@ from rarefy.weights.criteria.magnitude import Magnitude
 from rarefy.weights.penalties import DualPenalty, GradientPenalty, ProximalPenalty
 from rarefy.weights.penalties.activation_l1 import ActivationL1
 from rarefy.weights.penalties.density_constraint import DensityConstraint
+from rarefy.weights.penalties.hypersparse import HyperSparse
 from rarefy.weights.penalties.irrelevance import IrrelevanceDecay
 from rarefy.weights.penalties.l1 import L1, ProximalL1
+from rarefy.weights.penalties.soft_shrink import SoftShrink
 from rarefy.weights.rewiring.rigl import RigL
 from rarefy.weights.schedules.constant import Constant
 from rarefy.weights.sparsifier import Sparsifier
@@ -35,7 +37,7 @@ from rarefy.weights.views.hard_concrete import HardConcrete
 from tests import test_views
 from tests.evidence import check
 
-PENALTIES = [L1(0.01), ProximalL1(0.1), IrrelevanceDecay(0.3), DensityConstraint(0.3, 0.5, 640), ActivationL1("2", 0.1)]
+PENALTIES = [L1(0.01), ProximalL1(0.1), IrrelevanceDecay(0.3), HyperSparse(0.3, 0.01, 1.5, 2), SoftShrink(0.3), DensityConstraint(0.3, 0.5, 640), ActivationL1("2", 0.1)]
 
 
 @pytest.mark.parametrize("part", methods(Penalty).values(), ids=lambda kind: kind.name)

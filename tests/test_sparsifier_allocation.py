@@ -25,9 +25,9 @@ from rarefy.weights.schedules.static import STATIC
 from rarefy.weights.sparsifier import Sparsifier
 from rarefy.weights.train import train
 
-OWN = {"pst": Uniform, "rigl": ERK, "set": ER, "static": ERK, "gradual-magnitude": Uniform}
+OWN = {"pst": Uniform, "rigl": ERK, "set": ER, "static": ERK, "gradual-magnitude": Uniform, "iss-p": Uniform}
 RATED = dict.fromkeys(("snip", "grasp", "synflow", "imp", "imp-rate", "er-source-nets"), Global) | {"srigl": ERK}
-RATED |= dict.fromkeys(("sparse-model-soups", "swamp", "ac-dc", "gradual-restarts"), Global)
+RATED |= dict.fromkeys(("sparse-model-soups", "swamp", "ac-dc", "gradual-restarts", "hypersparse"), Global)
 ARRIVING = {"app-anytime": Global}  # waits for data, which a task of digits does not bring
 STEPS = {"swamp": 480}  # 24 for the others
 

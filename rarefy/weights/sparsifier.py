@@ -152,6 +152,9 @@ class Sparsifier:
         self.ledger.append(event)
         counts = {**self.progress.counts, kind: self.progress.counts.get(kind, 0) + 1}
         self.progress = replace(self.progress, counts=counts)
+        self._observe(event)
+
+    def _observe(self, event: Event) -> None:
         until = self.phase.until
         if isinstance(until, Trigger):
             self._trigger, done = until.observe(self._trigger or until.state(), self, event)
@@ -377,6 +380,8 @@ class Sparsifier:
         self._knobs()
         if isinstance(self.phase.until, int) and self.progress.phase_step >= self.phase.until:
             self._advance()
+        else:
+            self._observe(Event("step", self.progress.step, {}))  # not in the ledger
 
     def _set_rate(self, optimizer: Optimizer) -> None:
         """The phase's factor on the learning rate that each group started with."""
