@@ -25,7 +25,7 @@ class Race:
 
 
 RACES: dict[str, Race] = {
-    "float32": Race(("demo@native", "{half-bitmask}@native")),
+    "float32": Race(("demo@native", "{half-bitmask}@native", "{mild-bitmask}@native")),
     "int4": Race(("{int4}@native", "{int4-gated}@native")),
     "llama.cpp": Race(
         ("demo@llama.cpp", "{Q4_0}@llama.cpp", "{Q8_0}@llama.cpp", "{Q4_K_M}@llama.cpp", "{int4}@native", "{int4-gated}@native", "demo@native", "{half-bitmask}@native")

@@ -12,6 +12,8 @@ Q4_0, Q8_0, Q4_K_M = 2, 7, 15  # llama.cpp's file types
 COMMANDS: dict[str, list[str]] = {
     "half": ["prune", "demo", "--recipe", "sparsegpt", "--density", "0.5"],
     "half-bitmask": ["pack", "{half}", "--layout", "bitmask"],
+    "mild": ["prune", "demo", "--recipe", "sparsegpt", "--density", "0.825"],  # what keeps within 5% of perplexity
+    "mild-bitmask": ["pack", "{mild}", "--layout", "bitmask"],
     "int4": ["pack", "demo", "--layout", "int4-asymmetric", "--embeddings", "int8"],
     "int4-gated": ["pack", "demo", "--layout", "int4-asymmetric", "--embeddings", "int8", "--gates", "uniform-threshold:density=0.8"],
 }
