@@ -98,11 +98,15 @@ class CharLM(Task):
         found: tuple[Controller, ...] = model.controllers
         return found
 
+    def held_out(self) -> tuple[Tensor, Tensor]:
+        """x [2048, 12] and the character that follows, y [2048], spread over the held-out part."""
+        size = len(_text())
+        return _windows(torch.linspace(size - _HELD_OUT, size - _SPAN - 1, 2048).long())
+
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Accuracy in [0, 1], loss in nats per character and experts per character on 2048 held-out places, with the evaluation capacity."""
-        size = len(_text())
-        x, y = _windows(torch.linspace(size - _HELD_OUT, size - _SPAN - 1, 2048).long())
+        x, y = self.held_out()
         training = model.training
         with Trace(model) as trace:
             logits = model.eval()(x)

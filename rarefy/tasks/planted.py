@@ -79,7 +79,8 @@ class Planted(Task):
         """The random network with the ticket in it; the caller's random state is left as it was. No options."""
         if options:
             raise BadInput(f"option {', '.join(options)} of the task {self.name}", "its model has no options", "write planted:width=30")
-        return PlantedNet(self.ticket(), self.width, torch.Generator().manual_seed(seed))
+        with torch.random.fork_rng(devices=[]):  # nn.Linear draws what the net then overwrites
+            return PlantedNet(self.ticket(), self.width, torch.Generator().manual_seed(seed))
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         """Adam: the outputs are divided by small scales, and their gradients are as large as these are small."""

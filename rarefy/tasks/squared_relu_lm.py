@@ -76,5 +76,11 @@ class SquaredReluLM(Task):
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         return F.cross_entropy(model(batch[0]), batch[1])
 
+    @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        return self.text.evaluate(model)
+        """Accuracy in [0, 1] and loss in nats per character on 2048 held-out places."""
+        x, y = self.text.held_out()
+        training = model.training
+        logits = model.eval()(x)
+        model.train(training)
+        return {"accuracy": float((logits.argmax(1) == y).float().mean()), "loss": float(F.cross_entropy(logits, y))}
