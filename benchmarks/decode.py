@@ -30,7 +30,8 @@ RACES: dict[str, Race] = {
     "llama.cpp": Race(
         ("demo@llama.cpp", "{Q4_0}@llama.cpp", "{Q8_0}@llama.cpp", "{Q4_K_M}@llama.cpp", "{int4}@native", "{int4-gated}@native", "demo@native", "{half-bitmask}@native")
     ),
-    "transformers": Race(("demo@transformers", "demo@compiled", "demo@torch-int4", "demo@torch-int4-compiled", "demo@native", "{int4}@native"), scored=768),
+    "transformers": Race(("demo@transformers", "demo@torch-int4", "demo@native", "{int4}@native"), scored=768),
+    "compiled": Race(("demo@compiled", "demo@torch-int4-compiled", "demo@native", "{int4}@native"), scored=256),  # compiling takes minutes
 }
 
 
