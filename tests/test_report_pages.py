@@ -52,7 +52,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     save_packed(model, None, folder / "int4", "int4", embeddings="int8")
     levers = Levers(bits=("int8",), recipes=(MAGNITUDE,), tolerance=0.4)
     data, chooser = Data(BATCHES, IDS[300:], 1, 64), Chooser((1,), folder / "layouts.json")
-    optimize_for(Loaded(llama(), None, Path(), "tiny"), data, TARGETS["size"], levers, folder / "fast", max_loss=0.05, layout=chooser, tokens=2, rounds=2)
+    optimize_for(Loaded(llama(), None, Path(), "tiny"), data, {folder / "fast": TARGETS["size"]}, levers, max_loss=0.05, layout=chooser, tokens=2, rounds=2)
     return {name: report(folder / name) for name in ("half", "gated", "int4", "fast")}
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rarefy.cli.arguments import Json, Model
+from rarefy.cli.arguments import Json
 from rarefy.cli.loading import load
 from rarefy.cli.main import app
 from rarefy.cli.output import line, megabytes, show
@@ -23,7 +23,7 @@ FORMATS: dict[str, Callable[..., dict[str, Any]]] = {"gguf": export_gguf}
 
 @app.command(epilog="Examples:  rarefy export half-int4 --out half.gguf   ·   rarefy export half --to gguf --type q8_0 --out half.gguf --json")
 def export(
-    model: Model,
+    model: Annotated[str, typer.Argument(help="A Hugging Face name, a folder (dense or packed), a GGUF file, or 'demo'.")],
     out: Annotated[str, typer.Option(help="The file to write.")],
     to: Annotated[str, typer.Option(help="The format: gguf, which llama.cpp reads.")] = "gguf",
     kind: Annotated[

@@ -15,6 +15,7 @@ from rarefy.core.discover import pick
 from rarefy.core.errors import BadInput, Refused
 from rarefy.core.roles import Rows
 from rarefy.hub.columns import store_columns
+from rarefy.hub.llama_fields import FIELDS
 from rarefy.hub.packed import PackedEmbedding, PackedLinear
 from rarefy.hub.plan import DTYPES
 from rarefy.kernels.columns import ColumnsMatrix
@@ -24,17 +25,7 @@ from rarefy.layouts import LAYOUTS
 from rarefy.runtime.decoder import Block, Decoder, KeyValues, Sizes
 from rarefy.runtime.sieves import sieve
 
-# {config field: what it must be}; anything else changes what a layer computes, and is refused by name.
 FAMILIES: dict[str, str] = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
-FIELDS: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "mlp_bias": (False, None),
-    "attention_bias": (False, None),
-    "pretraining_tp": (1, None),
-    "sliding_window": (None,),
-    "use_sliding_window": (False, None),
-    "is_encoder_decoder": (False,),
-}
 
 PLACES = {
     "q": "self_attn.q_proj",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rarefy.core.attach import gated, plain_type, viewed
 from rarefy.core.errors import BadInput, Refused
-from rarefy.hub.decoder import FIELDS
+from rarefy.hub.llama_fields import FIELDS
 from rarefy.hub.packed import PackedEmbedding, PackedLinear, packed_kind
 
 

@@ -12,6 +12,7 @@ FEW = 16  # rows of x up to which the kernel multiplies; above, few columns are 
 class ColumnsMatrix:
     """A matrix [O, I] as `values` [I, O], kept as they are: columns one after the other.
 
+    >>> import torch
     >>> m = ColumnsMatrix(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     >>> m.linear(torch.tensor([[0.0, 10.0]])).tolist(), m.dense().tolist()
     ([[30.0, 40.0]], [[1.0, 3.0], [2.0, 4.0]])

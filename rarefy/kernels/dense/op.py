@@ -12,6 +12,7 @@ FEW = 8  # rows of x up to which our kernel is the faster one
 class DenseMatrix:
     """A dense matrix [O, I], kept as it is.
 
+    >>> import torch
     >>> DenseMatrix(torch.tensor([[1.0, 2.0]])).linear(torch.tensor([[3.0, 4.0]])).tolist()
     [[11.0]]
     """

@@ -22,6 +22,7 @@ class GroupedColumnsMatrix:
     Raises:
         BadFile: codes, scales and zeros are not those of one matrix.
 
+    >>> import torch
     >>> first = torch.tensor([[1]], dtype=torch.uint8)
     >>> by_rows = GroupedMatrix(torch.full((1, 32), 129, dtype=torch.uint8), torch.tensor([0.5]).half(), None, first, 3, 8)
     >>> m = GroupedColumnsMatrix.of(by_rows)
