@@ -29,6 +29,14 @@ def test_every_lossless_layout_that_holds_the_matrix_is_timed() -> None:
         measure(sparse(), [0])
 
 
+def test_what_leaves_nothing_out_is_no_candidate() -> None:
+    full = torch.randn(64, 64)
+    assert set(measure(full, [1])) == {DENSE}
+    full[:8] = 0
+    assert "compact" in measure(full, [1])
+    assert "compact" not in measure(sparse(0.8), [1])
+
+
 def test_a_sparse_layout_must_win_and_says_by_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
     for bitmask, layout in ((50.0, "bitmask"), (99.0, DENSE), (120.0, DENSE)):
         monkeypatch.setattr(choose, "measure", lambda weight, batches, us=bitmask: {DENSE: 100.0, "bitmask": us})

@@ -23,8 +23,10 @@ from rarefy.layouts import LAYOUTS
 
 DENSE = "dense"
 ROUNDS, STRETCH = 5, 0.003  # interleaved rounds, each at least so many seconds long
+KEPT = 3  # of the rounds, the fastest: another process makes some of them a hundred times as long
 MEMORY = 256_000_000  # bytes over which the copies of a candidate are spread, so that no one is timed in cache alone
-WHOLE = ("flat", "columns")  # layouts that store every value, as the dense matrix does: none of its zeros makes them faster
+FEWER = 0.98  # of the dense bytes: what a layout may hold at most
+RULE = 2  # of what is measured; raise it when that changes, so that kept measurements are made anew
 STEP = 0.05  # densities that are measured apart
 
 
@@ -79,9 +81,9 @@ class Chooser:
 
 
 def measure(weight: Tensor, batches: Sequence[int]) -> dict[str, float]:
-    """Microseconds of ``x W^T`` by the dense product and by every lossless layout that holds the matrix, summed over the batches.
+    """Microseconds of ``x W^T`` by the dense product and by every lossless layout that holds the matrix in fewer bytes, summed over the batches.
 
-    Medians of interleaved rounds, over copies that no cache holds; a layout whose result is wrong is left out.
+    Medians of the fastest of interleaved rounds, over copies that no cache holds; a layout whose result is wrong is left out.
 
     Raises:
         BadInput: a batch below 1.
@@ -90,10 +92,12 @@ def measure(weight: Tensor, batches: Sequence[int]) -> dict[str, float]:
         raise BadInput(f"batches {list(batches)}", "a batch is a number of rows, at least 1")
     matrices = {DENSE: _copies(lambda: DenseMatrix(weight.clone()), weight.numel() * weight.element_size())}
     for name, layout in LAYOUTS.items():
-        if layout.lossless and name not in WHOLE:
+        if layout.lossless:
             try:
                 packed = layout.pack(weight)
             except BadInput:
+                continue
+            if packed.numel() > FEWER * weight.numel() * weight.element_size():  # it leaves nothing out: only chance could make it the faster one
                 continue
             matrices[name] = _copies(partial(_matrix, layout, packed, weight), packed.numel())
     total = dict.fromkeys(matrices, 0.0)
@@ -123,7 +127,7 @@ def _interleaved(matrices: dict[str, list[Any]], x: Tensor) -> dict[str, float]:
         for _ in range(ROUNDS):
             for name, copies in matrices.items():
                 found[name].append(_time(copies, x, calls[name]))
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
+    return {name: statistics.median(sorted(seconds)[:KEPT]) for name, seconds in found.items()}
 
 
 def _time(copies: list[Any], x: Tensor, calls: int) -> float:
@@ -142,7 +146,7 @@ def _structure(weight: Tensor) -> str:
 
 def _machine() -> str:
     extension = native()
-    return f"{processor()}|{extension.isa() if extension else 'pytorch'}|{torch.get_num_threads()}|{torch.__version__}|{','.join(LAYOUTS)}"
+    return f"{processor()}|{extension.isa() if extension else 'pytorch'}|{torch.get_num_threads()}|{torch.__version__}|{','.join(LAYOUTS)}|{RULE}"
 
 
 def processor() -> str:
