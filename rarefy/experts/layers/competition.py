@@ -20,7 +20,7 @@ from rarefy.experts.banks.ffn import FFN
 from rarefy.experts.dispatch import dispatch
 from rarefy.experts.routers.linear import Linear
 from rarefy.experts.routers.topk import TopK
-from rarefy.experts.routing import ranked, row_major
+from rarefy.experts.routing import need_k, ranked, row_major
 
 
 class Competing(nn.Module):
@@ -203,6 +203,5 @@ class Competition(Layer):
         return (Coins(self.rate, self.warmup, self.most, self.seed),)
 
     def make(self, width: int, experts: int, inner: int, /) -> nn.Module:
-        if not 1 <= self.k <= experts:
-            raise BadInput(f"k = {self.k} with {experts} experts", "a row takes between one and all of the experts", "choose k in 1..E")
+        need_k(self.k, experts)
         return Competing(Linear(width, experts), FFN(experts, width, inner), TopK(self.k), self.strength)
