@@ -39,21 +39,12 @@ def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     Raises Refused as `check_target` does, and where the disk is full.
     """
     check_target(out, force=force)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
-    except OSError as error:
-        raise DiskError(f"{out} cannot be written", str(error.strerror), "name a folder you may write to") from error
-    try:
+    with _draft_folder(out) as draft:
         yield draft
         _sync(draft)
         draft.chmod(0o777 & ~_umask())
         check_target(out, force=force)  # another run may have been faster
         _swap(draft, out)
-    except BaseException as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        _full(out, error)
-        raise
 
 
 def check_file(out: Path, suffix: str, *, force: bool) -> None:
@@ -82,6 +73,10 @@ def atomic_file(out: Path, *, force: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _draft_folder(out: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `out` that is gone afterwards, unless the body has moved it.
+
+    Raises DiskError where it cannot be made, or where the body fails because there is no room.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
@@ -90,18 +85,13 @@ def _draft_folder(out: Path) -> Iterator[Path]:
     try:
         yield folder
     except BaseException as error:
-        _full(out, error)
-        raise
-    finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _full(out: Path, error: BaseException) -> None:
-    """Raise what to do where there was no room."""
-    why = no_room(error)
-    if why is not None:
-        free = shutil.disk_usage(out.parent).free
-        raise DiskError(f"{out} was not written", f"{why} ({free / 1e3:,.0f} kB are free)", "free more or name another folder; nothing half-written was left") from error
+        why = no_room(error)
+        if why is not None:
+            free = shutil.disk_usage(out.parent).free
+            raise DiskError(f"{out} was not written", f"{why} ({free / 1e3:,.0f} kB are free)", "free more or name another folder; nothing half-written was left") from error
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _umask() -> int:
