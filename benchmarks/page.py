@@ -146,23 +146,22 @@ def _every(rows: list[Row], title: str) -> Iterator[str]:
     yield f"## {title}\n"
     yield "| op | layout | pattern | density | batch | peer | ratio | rounds | ours, us | peer, us | of the roofline | largest error |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
     for r in rows:
-        start = f"| {r['op']} | {r['layout']} | {r['pattern']} | {r['density']:.3g} | {r['batch']} | {r['peer']} |"
-        if r["ratio"] is None:
-            yield f"{start} wrong | | | | | {r['max_abs_err']:.2g} |"
-        else:
-            yield f"{start} {r['ratio']:.2f} | {r['ratio_min']:.2f} to {r['ratio_max']:.2f} | {r['ours_us']:.0f} | {r['peer_us']:.0f} | {r['roofline']:.0%} | {r['max_abs_err']:.2g} |"
+        yield _against([r["op"], r["layout"], r["pattern"], f"{r['density']:.3g}", r["batch"], r["peer"]], r, [])
 
 
 def _layers(rows: list[Row]) -> Iterator[str]:
     yield "Weights of a layer are read from memory, routings change from call to call, and nobody wants gradients. Where experts are wide, one token costs every implementation the reading of the same weights.\n"
     yield "| inner width | tokens | peer | ratio | rounds | ours, us | peer, us | GB/s | of the roofline | largest error |\n|---|---|---|---|---|---|---|---|---|---|"
     for r in rows:
-        start = f"| {r['inner']} | {r['tokens']} | {r['peer']} |"
-        if r["ratio"] is None:
-            yield f"{start} wrong | | | | | | {r['max_abs_err']:.2g} |"
-        else:
-            yield f"{start} {r['ratio']:.2f} | {r['ratio_min']:.2f} to {r['ratio_max']:.2f} | {r['ours_us']:.0f} | {r['peer_us']:.0f} | {r['gb_per_s']:.1f} | {r['roofline']:.0%} | {r['max_abs_err']:.2g} |"
+        yield _against([r["inner"], r["tokens"], r["peer"]], r, ["gb_per_s"])
     yield ""
+
+
+def _against(what: list[Any], r: Row, more: list[str]) -> str:
+    """A row of a table: what was timed, its ratio and times, `more` figures, the share of the roofline, the error; of a wrong result the error alone."""
+    figures = [f"{r['ratio']:.2f}", f"{r['ratio_min']:.2f} to {r['ratio_max']:.2f}", f"{r['ours_us']:.0f}", f"{r['peer_us']:.0f}"] if r["ratio"] is not None else ["wrong"]
+    figures += [*(f"{r[name]:.1f}" for name in more), f"{r['roofline']:.0%}"] if r["ratio"] is not None else [""] * (4 + len(more))
+    return f"| {' | '.join(map(str, what))} | {' | '.join(figures)} | {r['max_abs_err']:.2g} |"
 
 
 def figure(decode: list[Row], race: str = "llama.cpp") -> str:
