@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rarefy.core.ambient import Seat, aligned
-from rarefy.core.discover import part
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Paper, Routing, Scores
-from rarefy.core.roles import Balance, Choice, Controller, Layer
+from rarefy.core.roles import Choice, Layer
 from rarefy.core.trace import Tap
+from rarefy.experts.layers.named_choice import NamedChoice
 from rarefy.experts.split import slices
 
 
@@ -66,7 +66,7 @@ def loudness(first: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Autonomy(Layer):
+class Autonomy(NamedChoice, Layer):
     """Let experts choose themselves by the length of their first step of `rank` numbers; `router` is any choice by name, over these lengths.
 
     Top-k weighs by a softmax over the k lengths (``topk:renormalise=False`` by one over all E, as the released code does). Experts are as
@@ -105,16 +105,8 @@ class Autonomy(Layer):
         if self.rank is not None and self.rank < 1:
             raise BadInput(f"rank {self.rank}", "a first step has at least one number", "pass for example rank=16")
 
-    @property
-    def balances(self) -> tuple[Balance, ...]:
-        return self._choice().balances
-
-    @property
-    def controllers(self) -> tuple[Controller, ...]:
-        return self._choice().controllers
-
     def make(self, width: int, experts: int, inner: int, /) -> nn.Module:
-        choice, rank = self._choice(), self.rank or max(1, width // 4)
+        choice, rank = self.choice, self.rank or max(1, width // 4)
         if choice.affinity is not None:
             raise BadInput(f"autonomy by {self.router}", "it scores rows in its own way", "name a choice over plain logits, such as topk or top-p")
         own = round((3 * width * inner - rank * width) / (2 * width + rank))
@@ -123,7 +115,4 @@ class Autonomy(Layer):
         return Autonomous(width, experts, own, rank, choice)
 
     def causal(self, training: bool) -> bool:
-        return self._choice().causal(training)
-
-    def _choice(self) -> Choice:
-        return part(Choice, self.router)
+        return self.choice.causal(training)

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from rarefy.core.ambient import aligned
-from rarefy.core.discover import part
 from rarefy.core.errors import BadInput
 from rarefy.core.records import Context, Paper
-from rarefy.core.roles import Balance, Choice, Controller, Layer
+from rarefy.core.roles import Layer
 from rarefy.experts.banks.glu import GLU
+from rarefy.experts.layers.named_choice import NamedChoice
 from rarefy.experts.moe import MoE
 from rarefy.experts.overflow.capacity import Capacity
 from rarefy.experts.overflow.training_only import TrainingOnly
@@ -60,7 +60,7 @@ def per_head(context: Context, heads: int) -> Context:
 
 
 @dataclass(frozen=True)
-class SubTokens(Layer):
+class SubTokens(NamedChoice, Layer):
     """Route `heads` sub-tokens of every row by `router`, any choice by name, so that a row meets up to heads times as many experts.
 
     Experts have rows of d / heads and an inner width heads times as large: as many parameters, and as many multiply-adds a row, as experts on
@@ -100,22 +100,11 @@ class SubTokens(Layer):
         if self.capacity is not None:
             Capacity(self.capacity)
 
-    @property
-    def balances(self) -> tuple[Balance, ...]:
-        return self._choice().balances
-
-    @property
-    def controllers(self) -> tuple[Controller, ...]:
-        return self._choice().controllers
-
     def make(self, width: int, experts: int, inner: int, /) -> nn.Module:
-        choice, own = self._choice(), width // max(1, self.heads)
+        choice, own = self.choice, width // max(1, self.heads)
         affinity, bank = (choice.affinity or Linear)(own, experts), (choice.bank or GLU)(experts, own, self.heads * inner)
         overflow = None if self.capacity is None else TrainingOnly(Capacity(self.capacity))
         return MultiHead(width, self.heads, MoE(affinity, choice, bank, overflow, shared=choice.shared(own, self.heads * inner)))
 
     def causal(self, training: bool) -> bool:
-        return self._choice().causal(training) and not (training and self.capacity is not None)
-
-    def _choice(self) -> Choice:
-        return part(Choice, self.router)
+        return self.choice.causal(training) and not (training and self.capacity is not None)
