@@ -5,18 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from rarefy.core.discover import part
-from rarefy.core.errors import BadInput
 from rarefy.core.records import Context
 from rarefy.core.roles import Controller, Layer, Task
 from rarefy.experts.layers.competition import Competition
 from rarefy.tasks.char_lm import CharLM
+from rarefy.tasks.routed import routed
 
 _SPAN, _ASCII = 12, 128
-_OPTIONS = ("width", "experts", "inner", "router")
 
 
 class LayeredCharacters(nn.Module):
@@ -55,14 +52,7 @@ class LayerLM(Task):
         Raises:
             BadInput: no such layer (the sentence lists what there is), one that refuses its hyper-parameters, or another option.
         """
-        other = sorted(set(options) - set(_OPTIONS))
-        if other:
-            raise BadInput(f"option {', '.join(other)} of the task {self.name}", f"its model has the options {', '.join(_OPTIONS)}", "leave it out")
-        width, experts = (int(options.get(name, getattr(self, name))) for name in ("width", "experts"))
-        inner, kind = options.get("inner", self.inner), part(Layer, options.get("router", self.router))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return LayeredCharacters(width, experts, width if inner is None else int(inner), kind)
+        return routed(self, Layer, LayeredCharacters, seed, options)
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
         return self._text().batch(seed, step)

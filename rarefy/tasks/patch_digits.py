@@ -9,17 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rarefy.core.discover import part
-from rarefy.core.errors import BadInput
 from rarefy.core.roles import Mixture, Task
 from rarefy.core.trace import Trace
 from rarefy.experts.auxiliary import auxiliary
 from rarefy.experts.layers.mixed import mixed
 from rarefy.experts.mixtures.soft_slots import SoftSlots
 from rarefy.tasks.digits import Digits
+from rarefy.tasks.routed import routed
 
 _PATCHES = 16  # of 2x2 pixels
-_OPTIONS = ("width", "experts", "inner", "router")
 
 
 class PatchClassifier(nn.Module):
@@ -66,15 +64,7 @@ class PatchDigits(Task):
         Raises:
             BadInput: no such mixture (the sentence lists what there is), one that refuses its hyper-parameters, or another option.
         """
-        other = sorted(set(options) - set(_OPTIONS))
-        if other:
-            raise BadInput(f"option {', '.join(other)} of the task {self.name}", f"its model has the options {', '.join(_OPTIONS)}", "leave it out")
-        width, experts = (int(options.get(name, getattr(self, name))) for name in ("width", "experts"))
-        inner = options.get("inner", self.inner)
-        choice = part(Mixture, options.get("router", self.router))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return PatchClassifier(width, experts, width if inner is None else int(inner), choice)
+        return routed(self, Mixture, PatchClassifier, seed, options)
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
         """x [rows, 64], y [rows], drawn with replacement from the training part."""
