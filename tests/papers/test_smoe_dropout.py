@@ -50,6 +50,7 @@ def grows(choice: type[GrowingTopK]) -> None:
         logits.append(control._trace.entries[0].routing.scores.logits)
         optimizer.step()
     assert [seen[0], seen[STEPS // 4], seen[STEPS // 2], seen[STEPS]] == [8, 10, 12, 16], seen
+    assert float(logits[0].detach().std(0).min()) > 0 and len(set(logits[0].argmax(1).tolist())) > 2, "rows are scored alike"
     assert all(torch.equal(each, logits[0]) for each in logits), "the same rows are scored otherwise later"
     after = model.state_dict()
     moved = {k for k, v in after.items() if not torch.equal(v, before[k])}
@@ -72,6 +73,17 @@ class Redrawn(GrowingTopK):
     affinity = Redraws
 
 
+class Blind(Frozen):
+    """Frozen, and the same for every row."""
+
+    def forward(self, x: Any, context: Context, bank: Any) -> Scores:
+        return super().forward(x * 0, context, bank)
+
+
+class Unseeing(GrowingTopK):
+    affinity = Blind
+
+
 class GrowsByEpoch(GrowK):
     def after_step(self, state: dict[str, Any], layers: Mapping[str, Any], entries: Sequence[Entry], optimizer: Any) -> dict[str, Any]:
         return super().after_step(state, layers, entries, optimizer) if state["step"] % 10 == 9 else {"step": state["step"] + 1}
@@ -92,7 +104,7 @@ def test_grows() -> None:
 
 
 @check(SLUG, GROWS, kind="twin")
-@pytest.mark.parametrize("twin", [Learned, Redrawn, ByEpoch])
+@pytest.mark.parametrize("twin", [Learned, Redrawn, Unseeing, ByEpoch])
 def test_grows_twins(twin: type[GrowingTopK]) -> None:
     with pytest.raises(AssertionError):
         grows(twin)
