@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rarefy.core.attach import plain_type, viewed
 from rarefy.core.errors import BadInput, Refused
+from rarefy.core.modes import evaluating
 
 _EDITS = "_rarefy_edits"
 
@@ -194,10 +195,8 @@ def _try(path: str, mlp: nn.Module, rows: Sequence[nn.Module], reader: nn.Module
     seen: list[Tensor] = []
     odd = torch.arange(_count(reader, "in"), device=weight.device) % 2 == 1
     hooks = [reader.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))]
-    was = {m: m.training for m in mlp.modules()}
-    mlp.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(mlp):
             mlp(x)
             hooks += [m.register_forward_hook(lambda _, args, y: torch.where(odd, y + 1, y)) for m in rows]
             mlp(x)
@@ -206,7 +205,5 @@ def _try(path: str, mlp: nn.Module, rows: Sequence[nn.Module], reader: nn.Module
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in was.items():
-            module.training = training
     if len(seen) != 2 or seen[0].shape[-1] != odd.numel() or not torch.equal(seen[0][..., ~odd], seen[1][..., ~odd]):
         raise Refused(f"the units of {path!r}", "what makes them mixes them before they are read", "name the coupled matrices if that is meant")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rarefy.core.modes import evaluating
 from rarefy.core.roles import Task
 from rarefy.tasks.char_lm import CharLM
 
@@ -80,7 +81,6 @@ class SquaredReluLM(Task):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Accuracy in [0, 1] and loss in nats per character on 2048 held-out places."""
         x, y = self.text.held_out()
-        training = model.training
-        logits = model.eval()(x)
-        model.train(training)
+        with evaluating(model):
+            logits = model(x)
         return {"accuracy": float((logits.argmax(1) == y).float().mean()), "loss": float(F.cross_entropy(logits, y))}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rarefy.core.collect import call
 from rarefy.core.errors import BadInput, Refused
+from rarefy.core.modes import evaluating
 
 COUNT = "rarefy_count"  # how many copies are in a mean
 
@@ -113,15 +114,13 @@ def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
         return
     if not batches:
         raise BadInput("no batches", f"{len(norms)} batch norms are measured anew after averaging", "pass batches=")
-    modes, momenta = {m: m.training for m in model.modules()}, [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.train()
-        norm.momentum = None  # a plain mean over the batches
-    for batch in batches:
-        call(model, batch)
-    for module, mode in modes.items():
-        module.training = mode
+    momenta = [norm.momentum for norm in norms]
+    with evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train()
+            norm.momentum = None  # a plain mean over the batches
+        for batch in batches:
+            call(model, batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rarefy.core.errors import BadInput
+from rarefy.core.modes import evaluating
 from rarefy.core.records import Site
 from rarefy.core.roles import ModelStatistic
 
@@ -45,15 +46,9 @@ class SynapticFlow(ModelStatistic):
         moduli |= {name: torch.zeros_like(t) for name, t in moduli.items() if name.rpartition(".")[2] == "bias"}
         keys = sorted({s.key for s in sites})
         weights = [moduli[key].requires_grad_(True) for key in keys]
-        training = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            with torch.enable_grad():
-                flow = functional_call(model, moduli, (ones,)).sum()
-                found = dict(zip(keys, torch.autograd.grad(flow, weights, allow_unused=True), strict=True))
-        finally:
-            for module, flag in training.items():
-                module.training = flag
+        with evaluating(model), torch.enable_grad():
+            flow = functional_call(model, moduli, (ones,)).sum()
+            found = dict(zip(keys, torch.autograd.grad(flow, weights, allow_unused=True), strict=True))
         values = {s.name: s.read(torch.zeros_like(moduli[s.key]) if found[s.key] is None else found[s.key]).float() for s in sites}
         bad = [name for name, value in values.items() if not torch.isfinite(value).all() or bool((value < 0).any())]
         if bad:

@@ -13,6 +13,7 @@ from torch import Tensor
 from rarefy.core.collect import undisturbed
 from rarefy.core.errors import BadInput
 from rarefy.core.exact import keep_count, topk_mask
+from rarefy.core.modes import evaluating
 from rarefy.core.records import Event, Paper
 from rarefy.core.roles import Trigger
 from rarefy.weights.actions import Remember
@@ -114,14 +115,8 @@ class PrunedBeatsDense(Trigger):
 @torch.no_grad()
 def _loss(sparsifier: Any) -> float:
     model = sparsifier.model
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with undisturbed(model):
-            return sum(float(sparsifier.batch_loss(model, batch)) for batch in sparsifier.batches) / len(sparsifier.batches)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), undisturbed(model):
+        return sum(float(sparsifier.batch_loss(model, batch)) for batch in sparsifier.batches) / len(sparsifier.batches)
 
 
 @contextmanager
